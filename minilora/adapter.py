@@ -1,0 +1,237 @@
+"""What an adapter method is (Adapter), the layer that hosts it (AdaptedLinear), and adapt(), which puts it in.
+
+A method is mathematics on plain arrays in one file of methods/; everything a neural network needs around it, such
+as the graph, the bias, the optimizer's parameters and merging, is here and knows no method by name.
+"""
+
+import math
+import re
+import zlib
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from . import methods
+from .backend import array_module, to_device
+from .engine import Saved, Tensor, is_recording, record
+from .errors import InputError
+from .nn import Linear, Module, Parameter
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The contract of a method file: hyper-parameters as fields, and no array, so nothing can hide in it.
+
+    ``W (d_out, d_in)`` is the frozen weight, ``x (N, d_in)`` the input, ``p`` the layer's arrays (``p.A``, ``p["A"]``).
+    """
+
+    updates_base = False  # True: after_step changes W, and the layer gets its own copy of it
+
+    def __post_init__(self):
+        """Raises InputError for a rank below 1 or a number that is not finite and positive."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "r" and (not isinstance(value, int) or value < 1):
+                raise InputError(f"{self.name}: r is {value!r}; the rank must be an integer of at least 1")
+            if field.type is float and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+                raise InputError(f"{self.name}: {field.name} is {value!r}; it must be a finite number above 0")
+
+    @property
+    def name(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
+
+    def check_layer(self, layer: str, shape):
+        """Raise InputError where the method cannot adapt a layer of ``shape`` (d_out, d_in)."""
+        r = getattr(self, "r", 1)
+        if r > min(shape):
+            raise InputError(f"{self.name}: r={r} is larger than {layer} allows, {tuple(shape)}: at most {min(shape)}")
+
+    def init_shared(self, shapes, rng) -> dict:
+        """Arrays that all layers share, once per adapt(); ``shapes`` are the layers' (d_out, d_in)."""
+        return {}
+
+    def init(self, W, rng, shared) -> tuple[dict, dict]:
+        """(trainable, buffers): host arrays by name. ``rng`` is seeded by the layer's name, alike for all methods."""
+        raise NotImplementedError
+
+    def forward(self, x, W, p):
+        """(y (N, d_out), saved): saved is a dict of all that backward needs, apart from W and p."""
+        raise NotImplementedError
+
+    def backward(self, dy, saved, W, p):
+        """(dx (N, d_in), grads): grads has the names of the trainable arrays."""
+        raise NotImplementedError
+
+    def merge(self, W, p):
+        """The weight (d_out, d_in) that does the same in one product: forward(x) equals x @ merge(W, p).T."""
+        raise NotImplementedError
+
+    def lr_scale(self, name) -> float:
+        """Factor on the learning rate of the trainable array ``name``."""
+        return 1.0
+
+    def after_step(self, W, p) -> None:
+        """Called after each optimizer step."""
+
+
+class AdaptedLinear(Module):
+    """A frozen Linear with an adapter method beside it: the method's host in the network."""
+
+    def __init__(self, base: Linear, method: Adapter, seed, shared=None):
+        """``shared``: Parameters from ``init_shared``; ``seed``: of the Generator that ``init`` draws from."""
+        self.method, self.base, self.merged = method, base, None
+        base.freeze()
+        xp, dtype = array_module(base.W.data), base.W.dtype
+        if method.updates_base:
+            base.W.data = base.W.data.copy()
+        self.shared = shared or {}
+        trainable, buffers = method.init(
+            base.W.data, np.random.default_rng(seed), Saved((k, p.data) for k, p in self.shared.items())
+        )
+        own = lambda array: own_array(array, xp, dtype)
+        self.arrays = Module()
+        for name, array in trainable.items():
+            setattr(self.arrays, name, Parameter(own(array), lr_scale=method.lr_scale(name)))
+        for name, array in buffers.items():
+            setattr(self.arrays, name, Parameter(own(array), requires_grad=False))
+
+    @property
+    def p(self) -> Saved:
+        """The layer's arrays by name, trainable, buffers and shared alike."""
+        return Saved((name, t.data) for name, t in [*self.shared.items(), *self.arrays.children()])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Raises InputError for a wrong shape, dtype or device, RuntimeError when a merged layer is trained."""
+        method, W, p = self.method, self.base.W.data, self.p
+        if x.data.ndim != 2 or x.shape[1] != W.shape[1] or x.dtype != W.dtype:
+            raise InputError(f"{method.name}: x is {x.dtype}{x.shape}; this layer takes {W.dtype} (N, {W.shape[1]})")
+        array_module(x.data, W)
+        if self.merged is not None:
+            if is_recording():
+                raise RuntimeError("this layer is merged and would not train; call unmerge(model) first")
+            y, saved = x.data @ self.merged.T, {}
+        else:
+            y, saved = method.forward(x.data, W, p)
+        if self.base.b is not None:
+            y += self.base.b.data
+        trained = self.arrays.trainable()
+
+        def vjp(dy, saved):
+            dx, grads = method.backward(dy, saved, W, p)
+            return dx, *(grads[name] for name in trained)
+
+        return record(method.name, y, saved, vjp, [x, *trained.values()])
+
+    def after_step(self):
+        self.method.after_step(self.base.W.data, self.p)
+
+
+def adapt(model: Module, method: str | Adapter, target_modules="all-linear", seed=0, verbose=True, **options) -> Module:
+    """Freeze ``model`` and put ``method`` beside each Linear that ``target_modules`` names; returns the model.
+
+    ``target_modules``: a list of names (a path, or its last part such as "q"), "all-linear", or a regular
+    expression that the whole path matches. ``options``: the method's fields, such as r and alpha.
+    Raises InputError for an unknown method or option, a target that matches nothing, a rank that does not fit, or
+    a model that is adapted already; nothing has been changed then.
+    """
+    method = methods.create(method, **options) if isinstance(method, str) else method
+    matched = plan(model, method, target_modules)
+    model.freeze()
+    shared = method.init_shared([linear.W.shape for linear in matched.values()], np.random.default_rng(seed))
+    W = next(iter(matched.values())).W.data
+    shared = {k: Parameter(own_array(a, array_module(W), W.dtype), requires_grad=False) for k, a in shared.items()}
+    if shared:
+        model.shared = Module()  # the model owns them, the layers refer to them: moved, stored and counted once
+        vars(model.shared).update(shared)
+    for name, linear in matched.items():
+        parent, attribute = parent_of(model, name)
+        layer_seed = [seed, zlib.crc32(name.encode())]
+        setattr(parent, attribute, AdaptedLinear(linear, method, layer_seed, shared))
+    if verbose:
+        kinds = dict.fromkeys(name.rpartition(".")[2] for name in matched)
+        trainable, total = count_parameters(model)
+        print(f"{method.name}: {len(matched)} layers matched ({', '.join(kinds)}); ", end="")
+        print(f"trainable {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
+    return model
+
+
+def plan(model: Module, method: Adapter, target_modules="all-linear") -> dict[str, Linear]:
+    """The layers that adapt() would give ``method``, by path. Raises its errors, and changes nothing."""
+    if adapted_layers(model):
+        raise InputError("adapt: this model is adapted already; use merge_and_unload(model) or a fresh model")
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+    matched = match_targets(list(linears), target_modules)
+    for name in matched:
+        method.check_layer(name, linears[name].W.shape)
+    return {name: linears[name] for name in matched}
+
+
+def own_array(array, xp, dtype):
+    """A host array as a contiguous one of the model's library and dtype."""
+    return xp.ascontiguousarray(to_device(array, xp), dtype)
+
+
+def match_targets(names: list[str], target_modules) -> list[str]:
+    """The ``names`` that ``target_modules`` selects, in their order; see adapt()."""
+    endings = sorted({n.rpartition(".")[2] for n in names})
+    if target_modules == "all-linear":
+        chosen = set(names)
+    elif isinstance(target_modules, str):
+        try:
+            chosen = {n for n in names if re.fullmatch(target_modules, n)}
+        except re.error as error:
+            raise InputError(f'target_modules: "{target_modules}" is not a regular expression: {error}') from error
+        if not chosen:
+            raise InputError(f'target_modules: the expression "{target_modules}" matches no path; there are {names}')
+    else:
+        chosen = set()
+        for target in target_modules:
+            hits = {n for n in names if n == target or n.endswith("." + target)}
+            if not hits:
+                raise InputError(f'target_modules: no linear layer is named "{target}"; there are {", ".join(endings)}')
+            chosen |= hits
+    if not chosen:
+        raise InputError(f"target_modules: nothing is selected; there are {', '.join(endings)}")
+    return [n for n in names if n in chosen]
+
+
+def parent_of(model: Module, path: str):
+    """(module, attribute) that hold ``path``: ``blocks.0.q`` is attribute ``q`` of ``model.blocks[0]``."""
+    *parents, attribute = path.split(".")
+    for part in parents:
+        model = model[int(part)] if isinstance(model, list) else getattr(model, part)
+    return model, attribute
+
+
+def adapted_layers(model: Module) -> dict[str, AdaptedLinear]:
+    """The adapted layers by path."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+
+
+def count_parameters(model: Module) -> tuple[int, int]:
+    """(trainable, total) numbers, the adapters' own included; what layers share is counted once."""
+    sizes = [(p.data.size if p.requires_grad else 0, p.data.size) for _, p in model.named_parameters()]
+    return tuple(map(sum, zip(*sizes, strict=True)))
+
+
+def merge(model: Module) -> None:
+    """Fold each adapter into one weight for inference: no product more than the base model has."""
+    for layer in adapted_layers(model).values():
+        layer.merged = layer.method.merge(layer.base.W.data, layer.p)
+
+
+def unmerge(model: Module) -> None:
+    """Undo merge() exactly: the base weight was never touched, so it is the same to the bit."""
+    for layer in adapted_layers(model).values():
+        layer.merged = None
+
+
+def merge_and_unload(model: Module) -> Module:
+    """Replace each adapted layer by a plain Linear with the merged weight; returns the model."""
+    for name, layer in adapted_layers(model).items():
+        parent, attribute = parent_of(model, name)
+        plain = Linear(layer.method.merge(layer.base.W.data, layer.p))
+        plain.b = layer.base.b
+        plain.freeze()
+        setattr(parent, attribute, plain)
+    return model

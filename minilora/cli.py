@@ -1,0 +1,181 @@
+"""The command line: ``minilora compare``, ``train``, ``pretrain``, ``generate``, ``methods`` and ``check``. Thin.
+
+It parses, calls, prints, and turns an error that the user can mend into one line and exit code 2.
+"""
+
+import argparse
+import inspect
+import json
+import sys
+
+from . import methods
+from .errors import InputError, TrainingStopped
+
+
+def main(argv=None) -> int:
+    """Run one command; returns the exit code: 0, 1 for a failed check or a stopped run, 2 for unusable input."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = build_parser(argv).parse_args(argv)
+        return args.run(args) or 0
+    except InputError as error:
+        print(f"minilora: error: {error}", file=sys.stderr)
+        return 2
+    except TrainingStopped as stop:
+        print(f"minilora: {stop}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nminilora: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        sys.stderr.close()
+        return 0
+
+
+def build_parser(argv) -> argparse.ArgumentParser:
+    """The parser; a method's own fields become flags of ``train`` once its name is on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="minilora", description=inspect.getdoc(sys.modules["minilora"]).split("\n")[0]
+    )
+    parser.add_argument("--version", action="version", version=f"minilora {sys.modules['minilora'].__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name, run, help):
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+        sub.set_defaults(run=run)
+        return sub
+
+    p = command("compare", run_compare, "Fine-tune on real text with every method; write a table and a figure.")
+    p.add_argument("--methods", nargs="+", metavar="NAME", help="methods to compare; all by default")
+    p.add_argument("--steps", type=int, default=200, help="training steps for each method")
+    p.add_argument("--r", type=int, default=8, help="rank")
+    p.add_argument("--alpha", type=float, default=16.0, help="scale: the update is multiplied by alpha / r")
+    p.add_argument("--lr", type=float, help="one learning rate for all, instead of each method's recorded one")
+    p.add_argument("--batch", type=int, default=8, help="sequences per step")
+    p.add_argument("--out", default="compare", metavar="DIR", help="folder for compare.json, .md and .png")
+    common(p)
+
+    p = command("train", run_train, "Fine-tune with one method, on the Folio or on your own text; save the adapter.")
+    p.add_argument("method", metavar="METHOD", help="one of: " + ", ".join(methods.names()))
+    p.add_argument("--data", metavar="FILE", help="your own text, UTF-8; its last tenth is held out")
+    p.add_argument("--replace-unknown", metavar="CHAR", help="put CHAR for characters that the tokenizer lacks")
+    p.add_argument("--target-modules", default="all-linear", metavar="NAMES",
+                   help='layers to adapt: "all-linear", or names such as q,v')  # fmt: skip
+    p.add_argument("--steps", type=int, default=200, help="training steps")
+    p.add_argument("--lr", type=float, help="peak learning rate; the method's recorded one by default")
+    p.add_argument("--batch", type=int, default=8, help="sequences per step")
+    p.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up, before the cosine")
+    p.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, on matrices")
+    p.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    p.add_argument("--out", default="runs/train", metavar="DIR", help="folder for adapter.safetensors, history.json")
+    common(p)
+    method_flags(p, argv)
+
+    p = command("pretrain", run_pretrain, "Make the base model again: a tiny GPT trained on modern Shakespeare.")
+    p.add_argument("--steps", type=int, help="training steps; the recipe's by default")
+    p.add_argument("--out", default="pretrained.npz", metavar="FILE", help="the model file to write")
+    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute")
+
+    p = command("generate", run_generate, "Write text with the base model, or with an adapter that train saved.")
+    p.add_argument("--adapter", metavar="DIR", help="folder of a train run")
+    p.add_argument("--prompt", default="Enter Macbeth and his Lady.\n\n", help="text to go on from")
+    p.add_argument("--tokens", type=int, default=400, help="characters to write")
+    p.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    p.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest characters only")
+    common(p)
+
+    p = command("methods", run_methods, "List the methods: what each trains, keeps and costs.")
+    p.add_argument("--json", action="store_true", help="print JSON")
+
+    p = command("check", run_check, "Check hand-written gradients against finite differences and the complex step.")
+    p.add_argument("methods", nargs="*", metavar="METHOD", help="methods to check; all and the operations by default")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    p.add_argument("--verbose", "-v", action="store_true", help="show every array of every check, not only failures")
+    return parser
+
+
+def common(p):
+    p.add_argument("--base", metavar="FILE", help="a model file from pretrain; the shipped one by default")
+    p.add_argument("--seed", type=int, default=0, help="of every random draw")
+    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute")
+
+
+def method_flags(p, argv):
+    """Add a flag for each field of the method that the command line names, such as --r and --alpha."""
+    named = [word for word in argv if word in methods.names()]
+    group = p.add_argument_group("the method's own options")
+    for name, (kind, default) in (methods.options(named[0]) if named else {}).items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help="see minilora methods")
+
+
+def run_compare(args):
+    from .compare import compare
+
+    names = args.methods and [name for word in args.methods for name in word.split(",") if name]
+    compare(names, args.steps, args.seed, args.device, args.r, args.alpha, args.out, args.lr, args.batch, args.base)
+
+
+def run_train(args):
+    from .finetune import finetune
+
+    methods.get(args.method)
+    options = {name: getattr(args, name) for name in methods.options(args.method)}
+    targets = args.target_modules if args.target_modules == "all-linear" else args.target_modules.split(",")
+    finetune(
+        methods.create(args.method, **options), targets, data=args.data, replace=args.replace_unknown, steps=args.steps,
+        lr=args.lr, batch=args.batch, warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip, out=args.out,
+        base=args.base, seed=args.seed, device=args.device,
+    )  # fmt: skip
+
+
+def run_pretrain(args):
+    from dataclasses import replace
+    from pathlib import Path
+
+    from .checkpoint import save_model, writable_folder
+    from .pretrain import Recipe, pretrain
+
+    recipe = Recipe() if args.steps is None else replace(Recipe(), steps=args.steps)
+    writable_folder(Path(args.out).parent)
+    model, history = pretrain(recipe, args.device)
+    save_model(args.out, model.to("cpu"))
+    print(f"Written: {args.out}, after {sum(history.seconds):.0f} s of training")
+
+
+def run_generate(args):
+    import numpy as np
+
+    from .checkpoint import load_adapter, load_model, pretrained
+    from .data import CharTokenizer
+
+    tokenizer = CharTokenizer()
+    ids = tokenizer.encode(args.prompt)[None]
+    model = pretrained() if args.base is None else load_model(args.base)
+    if args.adapter is not None:
+        load_adapter(f"{args.adapter}/adapter.safetensors", model)
+    rng = np.random.default_rng(args.seed)
+    text = model.to(args.device).generate(ids, args.tokens, args.temperature, args.top_k, rng)[0]
+    print(args.prompt + tokenizer.decode(text))
+
+
+def run_methods(args):
+    from .catalogue import catalogue, show
+
+    entries = catalogue()
+    print(json.dumps(entries, indent=1) if args.json else show(entries))
+
+
+def run_check(args):
+    from .gradcheck import check_methods, check_operations
+
+    reports = [] if args.methods else check_operations()
+    reports += check_methods(args.methods or None)
+    if args.json:
+        print(json.dumps({"ok": all(reports), "reports": [report.dict() for report in reports]}, indent=1))
+        return int(not all(reports))
+    for report in reports:
+        print(report if args.verbose or not report else f"ok   {report.title}: worst error {report.worst_error:.1e}")
+    failed = sum(not report for report in reports)
+    print(f"\n{len(reports) - failed} checks passed, {failed} failed")
+    return int(failed > 0)

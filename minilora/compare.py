@@ -1,0 +1,187 @@
+"""The main job: fine-tune one small model on one real text with every method, and show what each costs and gains.
+
+The base model has read Shakespeare in modern spelling (text A). It is tuned on the First Folio's spelling of 1623
+(text B); the loss on A afterwards shows what it forgot. Both are measured on Macbeth, which no training text holds.
+"""
+
+import json
+import platform
+from datetime import date
+from importlib import resources
+
+import numpy as np
+
+from . import methods
+from .adapter import adapt, count_parameters, plan
+from .backend import device_module
+from .checkpoint import load_model, pretrained, writable_folder, write_atomically
+from .data import CharTokenizer, fixed_batches, load_corpus, random_batches
+from .errors import InputError
+from .optim import AdamW, check_positive
+from .train import evaluate, train
+
+ROW_KEYS = [
+    *("method", "trainable", "trainable_percent", "loss_b_before", "loss_b_after", "loss_a_before", "loss_a_after"),
+    *("kept_bytes", "seconds_per_step", "tokens_per_second", "steps", "seed"),
+]
+PROMPT = "Enter Macbeth and his Lady.\n\n"
+SAMPLE_TOKENS = 320
+
+
+class Task:
+    """Text B to train on, A and B held out to measure on, all as token ids; the base model, before any tuning."""
+
+    def __init__(self, base=None, device="cpu"):
+        device_module(device)
+        self.device, self.tokenizer = device, CharTokenizer()
+        self.load = (lambda: pretrained()) if base is None else (lambda: load_model(base))
+        self.model = self.load().to(device)
+        a, b, context = load_corpus("modern"), load_corpus("folio"), self.model.config.n_positions
+        self.train_ids = self.tokenizer.encode(b.train)
+        self.held_out_a = fixed_batches(self.tokenizer.encode(a.val), 32, context, limit=160)
+        self.held_out_b = fixed_batches(self.tokenizer.encode(b.val), 32, context, limit=160)
+        self.glance_b = self.held_out_b[:1]  # for the curve during training
+
+    def losses(self, model) -> tuple[float, float]:
+        """Held-out loss on A and on B, in nats per character."""
+        return evaluate(model, self.held_out_a), evaluate(model, self.held_out_b)
+
+    def write(self, model, seed, prompt=PROMPT) -> str:
+        """A sample of text; one seed for all models, so that only the weights differ."""
+        ids = self.tokenizer.encode(prompt)[None]
+        return self.tokenizer.decode(model.generate(ids, SAMPLE_TOKENS, 0.6, top_k=20, rng=seed)[0])
+
+
+def learning_rate(method: str) -> float:
+    """The rate recorded for ``method`` in learning_rates.json, or the file's default for one that is not there."""
+    rates = json.loads((resources.files("minilora") / "learning_rates.json").read_text())
+    return rates["methods"].get(method, rates["default"])
+
+
+def tune(task: Task, method, steps, lr, batch, seed, progress=None):
+    """Fine-tune the base model on B with ``method``, an Adapter: (model, History, curve of (step, held-out loss))."""
+    model = adapt(task.load().to(task.device), method, seed=seed, verbose=False)
+    rng = np.random.default_rng(seed)  # the same batches for every method
+    batches = random_batches(task.train_ids, batch, model.config.n_positions, rng)
+    optimizer = AdamW(model.trainable(), lr, clip=1.0)
+    curve, every = [(0, evaluate(model, task.glance_b))], max(1, steps // 12)
+
+    def callback(step, history):
+        if (step + 1) % every == 0 or step + 1 == steps:
+            curve.append((step + 1, evaluate(model, task.glance_b)))
+
+    warmup = min(20, steps // 5)
+    history = train(
+        model, optimizer, batches, steps, warmup, callback=callback, label=method.name, progress=progress
+    )  # fmt: skip
+    return model, history, curve
+
+
+def compare(
+    names=None, steps=200, seed=0, device="cpu", r=8, alpha=16.0, out="compare", lr=None, batch=8, base=None,
+    progress=None, report=print,
+) -> dict:  # fmt: skip
+    """Fine-tune with every method of ``names`` (all by default); write compare.json, .md and .png into ``out``.
+
+    ``r`` and ``alpha`` go to each method that has them; ``lr`` replaces the recorded learning rates. Returns what
+    compare.json holds: ``settings``, ``rows`` (with ROW_KEYS), ``curves`` and ``samples`` by method.
+    Raises InputError, before anything is trained or written, for any input that cannot be used.
+    """
+    names = methods.names() if names is None else list(dict.fromkeys(names))
+    chosen = [methods.create(n, **methods.known(n, r=r, alpha=alpha)) for n in names]
+    check_positive(zero_allowed=False, steps=steps, batch=batch, **({} if lr is None else {"lr": lr}))
+    if not names:
+        raise InputError(f"compare: no method was named; there are {', '.join(methods.names())}")
+    task = Task(base, device)
+    for method in chosen:
+        plan(task.model, method)
+    folder = writable_folder(out)
+
+    loss_a, loss_b = task.losses(task.model)
+    samples, rows, curves = {"before": task.write(task.model, seed)}, [], {}
+    report(f"Base model: {loss_a:.3f} on modern spelling (A), {loss_b:.3f} on the Folio (B), nats per character.")
+    for name, method in zip(names, chosen, strict=True):
+        rate = learning_rate(name) if lr is None else lr
+        model, history, curves[name] = tune(task, method, steps, rate, batch, seed, progress)
+        trainable, total = count_parameters(model)
+        after_a, after_b = task.losses(model)
+        samples[name] = task.write(model, seed)
+        values = [name, trainable, 100 * trainable / total, loss_b, after_b, loss_a, after_a, history.kept_bytes,
+                  history.seconds_per_step, history.tokens_per_second, steps, seed]  # fmt: skip
+        rows.append(dict(zip(ROW_KEYS, values, strict=True)))
+        report(f"{name}: {after_b:.3f} on B after {steps} steps, {history.seconds_per_step * 1e3:.0f} ms each.")
+
+    result = {
+        "settings": {
+            "r": r, "alpha": alpha, "batch": batch, "context": task.model.config.n_positions, "device": device,
+            "learning_rates": {n: learning_rate(n) if lr is None else lr for n in names},
+            "prompt": PROMPT, "date": date.today().isoformat(),
+            "python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine(),
+        },
+        "rows": rows, "curves": curves, "samples": samples,
+    }  # fmt: skip
+    save(folder, result)
+    report("\n" + table(rows) + "\n\n" + side_by_side("before", samples["before"], names[-1], samples[names[-1]]))
+    report(f"\nWritten: {folder / 'compare.json'}, {folder / 'compare.md'}, {folder / 'compare.png'}")
+    return result
+
+
+def save(folder, result: dict) -> None:
+    """Write ``result`` as compare.json, as a page compare.md, and as a picture compare.png."""
+    from . import plots
+
+    write_atomically(folder / "compare.json", json.dumps(result, indent=1).encode())
+    write_atomically(folder / "compare.md", page(result).encode())
+    write_atomically(folder / "compare.png", plots.png(plots.comparison(result)))
+
+
+def table(rows) -> str:
+    """The rows as a Markdown table that is aligned for a terminal as well."""
+    head = ["method", "trainable", "%", "loss B", "→ after", "loss A", "→ after", "kept MiB", "ms/step", "tok/s"]
+    lines = [
+        [r["method"], f"{r['trainable']:,}", f"{r['trainable_percent']:.2f}", f"{r['loss_b_before']:.3f}",
+         f"{r['loss_b_after']:.3f}", f"{r['loss_a_before']:.3f}", f"{r['loss_a_after']:.3f}",
+         f"{r['kept_bytes'] / 2**20:.1f}", f"{r['seconds_per_step'] * 1e3:.0f}", f"{r['tokens_per_second']:,.0f}"]
+        for r in rows
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    row = lambda cells: "| " + " | ".join(
+        c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+    ) + " |"  # fmt: skip
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([row(head), rule, *map(row, lines)])
+
+
+def side_by_side(left_title, left, right_title, right, width=58) -> str:
+    """Two texts in two columns of ``width`` characters."""
+    fold = lambda text: [line[i : i + width] for line in text.split("\n") for i in range(0, max(1, len(line)), width)]
+    a, b = [left_title, "-" * width, *fold(left)], [right_title, "-" * width, *fold(right)]
+    a, b = a + [""] * (len(b) - len(a)), b + [""] * (len(a) - len(b))
+    return "\n".join(f"{x:<{width}}  {y}".rstrip() for x, y in zip(a, b, strict=True))
+
+
+def page(result: dict) -> str:
+    """compare.md: the table, how to read it, and a sample of text from each model."""
+    s, samples = result["settings"], result["samples"]
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in s["learning_rates"].items())
+    lines = [
+        "# One model, one text, every method",
+        "",
+        table(result["rows"]),
+        "",
+        "A is Shakespeare in modern spelling, on which the base model was trained; B is the First Folio's spelling",
+        "of 1623, on which it is tuned. Loss is in nats per character on Macbeth, which is held out of both: lower",
+        "on B is learning, higher on A is forgetting. Kept: what backward needs. ms/step: median of a whole step.",
+        "",
+        f"{result['rows'][0]['steps']} steps of {s['batch']} × {s['context']} characters, r = {s['r']}, alpha = "
+        f"{s['alpha']:g}, seed {result['rows'][0]['seed']}, {s['device']}, {s['date']}, Python {s['python']}, "
+        f"NumPy {s['numpy']}. Learning rates: {rates}.",
+        "",
+        "![Comparison of the methods](compare.png)",
+        "",
+        "## The same prompt, the same seed, before and after",
+        "",
+    ]
+    for name, text in samples.items():
+        lines += [f"**{name}**", "", "```text", s["prompt"] + text, "```", ""]
+    return "\n".join(lines)

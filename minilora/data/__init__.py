@@ -1,0 +1,20 @@
+"""Everything between a text and a training step: shipped corpora, the character tokenizer, and batches.
+The folder exists so that a lesson can start offline, from data whose origin and every byte are accounted for.
+"""
+
+from minilora.data.batches import fixed_batches, random_batches
+from minilora.data.corpora import CORPORA, Corpus, load_corpus, load_text, read_text_file, split_text
+from minilora.data.tokenizer import ALPHABET, CharTokenizer
+
+__all__ = [
+    "ALPHABET",
+    "CORPORA",
+    "CharTokenizer",
+    "Corpus",
+    "fixed_batches",
+    "load_corpus",
+    "load_text",
+    "random_batches",
+    "read_text_file",
+    "split_text",
+]

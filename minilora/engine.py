@@ -1,0 +1,165 @@
+"""The autograd engine: a Tensor is a value, a Node is what the backward pass needs, and backward walks the nodes.
+
+An operation is a pair of functions on plain arrays. Its forward returns the result *and* what its backward will
+need, so whatever is kept in memory is written down in one place and can be read, counted and freed.
+"""
+
+import inspect
+from collections import namedtuple
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import numpy as np
+
+from .backend import array_module
+from .errors import InputError
+
+_recording = ContextVar("minilora_recording", default=True)
+
+
+class Node:
+    """One step of the backward pass. It holds parent nodes and ``saved``, never an input Tensor.
+
+    A leaf (a Tensor that asks for a gradient) is a Node without ``vjp``; its ``grad`` is the result.
+    """
+
+    __slots__ = ("grad", "name", "parents", "saved", "vjp")
+
+    def __init__(self, name="leaf", vjp=None, saved=None, parents=()):
+        self.name, self.vjp, self.saved, self.parents, self.grad = name, vjp, saved, parents, None
+
+
+class Saved(dict):
+    """What a forward kept for its backward, or a layer's arrays: ``saved.x`` is ``saved["x"]``."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Tensor:
+    """An array (float or complex) and the Node that its gradient arrives at; ``node`` is None for a constant.
+
+    Raises InputError for integer or other data that has no gradient.
+    """
+
+    __slots__ = ("data", "node")
+
+    def __init__(self, data, requires_grad=False, node=None):
+        if isinstance(data, list | tuple | float):
+            data = np.asarray(data)
+        if array_module(data) and data.dtype.kind not in "fc":
+            raise InputError(f"a Tensor holds floating-point data, got {data.dtype}; use .astype(np.float32) first")
+        self.data = data
+        self.node = Node() if requires_grad else node
+
+    shape = property(lambda self: self.data.shape)
+    dtype = property(lambda self: self.data.dtype)
+    grad = property(lambda self: self.node.grad if self.node else None)
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.node is not None
+
+    def __repr__(self):
+        return f"Tensor(shape={self.shape}, dtype={self.dtype}, node={self.node.name if self.node else None})"
+
+
+class Operation:
+    """A forward/backward pair on plain arrays, callable on Tensors.
+
+    ``forward(need, *arrays, **constants) -> y, saved`` and ``backward(need, dy, saved) -> one gradient per array``.
+    ``need`` has a flag for each array by its name in forward's signature: keep and compute only what is asked for.
+    """
+
+    def __init__(self, forward, backward):
+        self.forward, self.backward, self.name = forward, backward, forward.__name__.removesuffix("_forward")
+        params = list(inspect.signature(forward).parameters.values())[1:]
+        self.Need = namedtuple("Need", [p.name for p in params if p.kind is p.POSITIONAL_OR_KEYWORD])
+
+    def __call__(self, *tensors, **constants) -> Tensor:
+        """Raises InputError where dtypes or libraries differ, and whatever forward says of shapes."""
+        given = [t for t in tensors if t is not None]
+        array_module(*(t.data for t in given))
+        if len({t.dtype for t in given}) > 1:
+            raise InputError(f"{self.name}: all inputs need one dtype, got {', '.join(str(t.dtype) for t in given)}")
+        need = self.Need(*(t is not None and t.requires_grad and _recording.get() for t in tensors))
+        y, saved = self.forward(need, *(None if t is None else t.data for t in tensors), **constants)
+        return record(self.name, y, saved, lambda dy, saved: self.backward(need, dy, saved), tensors)
+
+
+def record(name, y, saved, vjp, tensors) -> Tensor:
+    """The result ``y`` as a Tensor; a node is made only where a gradient is wanted below it."""
+    parents = [t.node if t is not None else None for t in tensors]
+    if not _recording.get() or not any(parents):
+        return Tensor(y)
+    return Tensor(y, node=Node(name, vjp, Saved((k, v) for k, v in saved.items() if v is not None), parents))
+
+
+def is_recording() -> bool:
+    """False within no_grad()."""
+    return _recording.get()
+
+
+@contextmanager
+def no_grad():
+    """Within this context no operation is recorded: for evaluation and sampling."""
+    token = _recording.set(False)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+def nodes_of(tensor: Tensor) -> list[Node]:
+    """Every node below ``tensor``, parents before children. Iterative: a graph may be deeper than Python's stack."""
+    order, seen, stack = [], set(), [(tensor.node, False)]
+    while stack:
+        node, children_done = stack.pop()
+        if children_done:
+            order.append(node)
+        elif node is not None and id(node) not in seen:
+            seen.add(id(node))
+            stack.append((node, True))
+            stack.extend((parent, False) for parent in node.parents)
+    return order
+
+
+def backward(loss: Tensor, dy=None) -> None:
+    """Add d(loss)/d(leaf) to the ``grad`` of every leaf below ``loss``; ``saved`` is freed on the way.
+
+    ``dy`` is the gradient that arrives at ``loss``, of its shape; 1 for a scalar.
+    Raises InputError for a loss without a graph or that is no scalar, RuntimeError for a second pass.
+    """
+    if loss.node is None:
+        raise InputError("backward: no input of this result has requires_grad=True, so there is no gradient to compute")
+    if dy is None and loss.shape != ():
+        raise InputError(f"backward: a result of shape {loss.shape} needs dy of that shape; only a scalar goes without")
+    dy = array_module(loss.data).ones_like(loss.data) if dy is None else dy
+    if dy.shape != loss.shape or dy.dtype != loss.dtype:
+        raise InputError(f"backward: dy is {dy.dtype}{dy.shape}, the result is {loss.dtype}{loss.shape}")
+    order = nodes_of(loss)
+    if any(node.vjp is _spent for node in order):
+        raise RuntimeError("backward went through this graph before and freed it; run the forward pass again")
+    _add_grad(loss.node, dy)
+    while order:
+        node = order.pop()
+        if node.vjp is None:  # a leaf keeps its gradient
+            continue
+        grads = node.vjp(node.grad, node.saved)
+        for parent, grad in zip(node.parents, grads, strict=True):
+            if parent is not None:
+                _add_grad(parent, grad)
+        node.vjp, node.saved, node.parents, node.grad = _spent, None, (), None
+
+
+def _add_grad(node, grad):
+    """Gradients are added, never assigned: a tensor that is used twice receives twice."""
+    if node.vjp is None and node.grad is not None:
+        node.grad += grad  # a leaf's own buffer
+    elif node.vjp is None:
+        node.grad = grad.copy()  # a leaf outlives the pass: it must not share memory with another gradient
+    else:
+        node.grad = grad if node.grad is None else node.grad + grad
+
+
+def _spent(dy, saved):
+    raise RuntimeError("backward went through this graph before and freed it; run the forward pass again")

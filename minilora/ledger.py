@@ -1,0 +1,57 @@
+"""Who keeps which bytes for the backward pass: the graph's ``saved``, added up with each owner counted once.
+
+Because a node holds nothing but its saved arrays, this list is the whole truth, and a test holds its total against
+what the allocator says.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from .engine import Tensor, nodes_of
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kept array: the operation that keeps it, its name there, its shape, and bytes that nobody counted before."""
+
+    operation: str
+    name: str
+    shape: tuple
+    nbytes: int
+
+
+def owner(array):
+    """The array that owns the memory of a view."""
+    while getattr(array, "base", None) is not None and hasattr(array.base, "nbytes"):
+        array = array.base
+    return array
+
+
+def ledger(result: Tensor, model=None) -> list[Entry]:
+    """What the graph below ``result`` keeps, in order of the forward pass. Call it before backward.
+
+    An array that several operations keep counts at the first; a model's own parameters count nowhere.
+    """
+    seen = {id(owner(p.data)) for _, p in model.named_parameters()} if model is not None else set()
+    entries = []
+    for node in nodes_of(result):
+        for name, value in (node.saved or {}).items():
+            if not hasattr(value, "nbytes") or not getattr(value, "shape", ()):
+                continue  # a number or a shape, not an array
+            array = owner(value)
+            entries.append(Entry(node.name, name, value.shape, 0 if id(array) in seen else array.nbytes))
+            seen.add(id(array))
+    return entries
+
+
+def kept_bytes(result: Tensor, model=None) -> int:
+    """Bytes kept for backward by the graph below ``result``, parameters of ``model`` excluded."""
+    return sum(entry.nbytes for entry in ledger(result, model))
+
+
+def by_operation(entries) -> dict[str, int]:
+    """Bytes by operation name, the largest first."""
+    totals = defaultdict(int)
+    for entry in entries:
+        totals[entry.operation] += entry.nbytes
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))

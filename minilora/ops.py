@@ -1,0 +1,247 @@
+"""The layer-sized operations of a transformer, each a forward and a backward on plain arrays.
+
+One node per layer instead of one per multiplication: that is what makes NumPy fast enough, and what lets each
+backward be read as one derivation. Tags (F1, B1 …) stand beside the equations and on the lines that compute them.
+Rows are tokens: N = batch · time. In each pair, y is the result and dy = dL/dy the gradient that arrives at it.
+"""
+
+import math
+
+from .backend import array_module
+from .engine import Operation
+from .errors import InputError
+
+IGNORE_INDEX = -100  # a target that does not count, as in PyTorch
+
+
+def linear_forward(need, x, W, b):
+    """y = x Wᵀ + b, with x (N, d_in), W (d_out, d_in), b (d_out,) or None.
+
+    F1  y = x Wᵀ + b                                   (N, d_out)
+    Kept: x only where W is trained; W, which is a parameter and costs nothing.
+    """
+    if x.ndim != 2 or x.shape[1] != W.shape[1]:
+        raise InputError(f"linear: x has shape {x.shape}, W {W.shape}; x must be (N, {W.shape[1]})")
+    y = x @ W.T
+    if b is not None:
+        y += b  # F1
+    return y, {"x": x if need.W else None, "W": W if need.x else None}
+
+
+def linear_backward(need, dy, saved):
+    """B1  dx = dy W             x_j reaches y_i through W_ij
+    B2  dW = dyᵀ x            W_ij is used once by every row
+    B3  db = Σ_N dy           b_i is added to every row
+    """
+    dx = dy @ saved.W if need.x else None  # B1
+    dW = dy.T @ saved.x if need.W else None  # B2
+    db = dy.sum(axis=0) if need.b else None  # B3
+    return dx, dW, db
+
+
+def embedding_forward(need, table, *, ids):
+    """Row ids[n] of table (V, d) for each token n.
+
+    F1  y_n = table[ids_n]                             (N, d)
+    Kept: ids.
+    """
+    check_ids("embedding", ids, len(table))
+    y = table[ids]  # F1
+    return y, {"ids": ids, "shape": table.shape}
+
+
+def embedding_backward(need, dy, saved):
+    """B1  dtable_v = Σ_{n: ids_n = v} dy_n      a row that was looked up twice receives twice"""
+    xp = array_module(dy)
+    dtable = xp.zeros(saved.shape, dy.dtype)
+    xp.add.at(dtable, saved.ids, dy)  # B1
+    return (dtable,)
+
+
+def layer_norm_forward(need, x, g, b, *, eps=1e-5):
+    """Normalise each row of x (N, d), then scale by g (d,) and shift by b (d,).   Ba et al. 2016, arXiv 1607.06450
+
+    F1  r = 1 / sqrt(mean_d (x − mean_d x)² + eps)     (N, 1)
+    F2  x̂ = (x − mean_d x) r                           (N, d)
+    F3  y = g ∘ x̂ + b                                  (N, d)
+    Kept: x̂, r; g, which is a parameter.
+    """
+    if x.ndim != 2 or g.shape != x.shape[1:] or b.shape != g.shape:
+        raise InputError(f"layer_norm: x {x.shape}, g {g.shape}, b {b.shape}; g and b must be (d,) for x (N, d)")
+    x_hat = x - x.mean(axis=1, keepdims=True)
+    r = 1.0 / array_module(x).sqrt((x_hat * x_hat).mean(axis=1, keepdims=True) + eps)  # F1
+    x_hat *= r  # F2
+    y = x_hat * g
+    y += b  # F3
+    return y, {"x_hat": x_hat, "r": r, "g": g}
+
+
+def layer_norm_backward(need, dy, saved):
+    """B1  dx̂ = dy ∘ g                                    through F3
+    B2  dx = r (dx̂ − mean_d dx̂ − x̂ mean_d(dx̂ ∘ x̂))    x̂ has mean 0 and length √d, so both parts are removed
+    B3  dg = Σ_N dy ∘ x̂                               g is used once by every row
+    B4  db = Σ_N dy
+    """
+    dx_hat = dy * saved.g  # B1
+    dg = (dy * saved.x_hat).sum(axis=0) if need.g else None  # B3
+    db = dy.sum(axis=0) if need.b else None  # B4
+    if not need.x:
+        return None, dg, db
+    projection = saved.x_hat * (dx_hat * saved.x_hat).mean(axis=1, keepdims=True)
+    dx = saved.r * (dx_hat - dx_hat.mean(axis=1, keepdims=True) - projection)  # B2
+    return dx, dg, db
+
+
+GELU_SCALE = math.sqrt(2.0 / math.pi)  # a Python float: np.sqrt would turn float32 into float64
+GELU_CUBIC = 0.044715
+
+
+def gelu_forward(need, x):
+    """The Gaussian error linear unit in its tanh form (GPT-2).   Hendrycks & Gimpel 2016, arXiv 1606.08415
+
+    F1  t = tanh(c (x + k x³)),  c = √(2/π), k = 0.044715
+    F2  y = x (1 + t) / 2
+    B1  dy/dx = (1 + t) / 2 + x/2 (1 − t²) c (1 + 3 k x²)    the product rule on F2, tanh' = 1 − tanh²
+    Kept: dy/dx, since t is at hand here: one array instead of two, and one tanh instead of two.
+    """
+    xx = x * x
+    t = array_module(x).tanh(x * (GELU_SCALE + (GELU_SCALE * GELU_CUBIC) * xx))  # F1
+    half = 0.5 * t + 0.5  # (1 + t) / 2
+    y = x * half  # F2
+    if not need.x:
+        return y, {}
+    slope = half + y * (1.0 - t) * (GELU_SCALE + (3.0 * GELU_SCALE * GELU_CUBIC) * xx)  # B1, since x/2 (1 + t) = y
+    return y, {"slope": slope}
+
+
+def gelu_backward(need, dy, saved):
+    """B2  dx = dy ∘ dy/dx"""
+    return (dy * saved.slope,)  # B2
+
+
+def attention_forward(need, q, k, v, *, batch, heads):
+    """Causal multi-head attention.   Vaswani et al. 2017, arXiv 1706.03762, equation 1
+
+    q (batch · Tq, d), k and v (batch · T, d), Tq ≤ T: the queries are the last Tq positions. Per head, of width e:
+    F1  S = q kᵀ / √e, and −∞ where a query would see a later position    (Tq, T)
+    F2  P = softmax_T S                                                   (Tq, T)
+    F3  y = P v                                                           (Tq, e)
+    Kept: q, k, v, P.
+    """
+    xp = array_module(q)
+    if q.ndim != 2 or k.shape != v.shape or q.shape[1] != k.shape[1] or q.shape[1] % heads or len(q) > len(k):
+        raise InputError(
+            f"attention: q {q.shape}, k {k.shape}, v {v.shape}, {heads} heads; k and v need one shape, "
+            "q their width, a multiple of heads, and no more rows"
+        )
+    if len(q) % batch or len(k) % batch:
+        raise InputError(f"attention: {len(q)} and {len(k)} rows do not divide into a batch of {batch}")
+    qh, kh, vh = (split_heads(a, batch, heads) for a in (q, k, v))
+    P = (qh * (1.0 / math.sqrt(qh.shape[-1]))) @ kh.swapaxes(-1, -2)
+    P += causal_mask(xp, P)  # F1
+    P -= P.max(axis=-1, keepdims=True)  # softmax is the same for a shifted row, and exp cannot overflow
+    xp.exp(P, out=P)
+    P /= P.sum(axis=-1, keepdims=True)  # F2
+    y = xp.empty_like(q)
+    xp.matmul(P, vh, out=split_heads(y, batch, heads))  # F3
+    return y, {"q": q, "k": k, "v": v, "P": P, "batch": batch}
+
+
+def attention_backward(need, dy, saved):
+    """B1  dv = Pᵀ dy                        v_j reaches y_i through P_ij
+    B2  dP = dy vᵀ                        P_ij reaches y_i through v_j
+    B3  dS = P ∘ (dP − Σ_T P ∘ dP)        softmax: row i of dP, less its mean under P
+    B4  dq = dS k / √e                    through F1
+    B5  dk = dSᵀ q / √e
+    """
+    xp, batch, heads = array_module(dy), saved.batch, saved.P.shape[1]
+    q, k, v, do = (split_heads(a, batch, heads) for a in (saved.q, saved.k, saved.v, dy))
+    scale = 1.0 / math.sqrt(q.shape[-1])
+    dq, dk, dv = (xp.empty_like(a) for a in (saved.q, saved.k, saved.v))
+    xp.matmul(saved.P.swapaxes(-1, -2), do, out=split_heads(dv, batch, heads))  # B1
+    dS = do @ v.swapaxes(-1, -2)  # B2
+    dS -= (dS * saved.P).sum(axis=-1, keepdims=True)
+    dS *= saved.P  # B3
+    xp.matmul(dS, k * scale, out=split_heads(dq, batch, heads))  # B4
+    xp.matmul(dS.swapaxes(-1, -2), q * scale, out=split_heads(dk, batch, heads))  # B5
+    return dq, dk, dv
+
+
+def split_heads(a, batch, heads):
+    """A view (batch, heads, T, e) of a (batch · T, heads · e): the matrix products read and write it in place."""
+    return a.reshape(batch, -1, heads, a.shape[1] // heads).transpose(0, 2, 1, 3)
+
+
+def causal_mask(xp, S):
+    """0 where query i may see key j, −∞ where j is later; the last query is at the last key's position."""
+    Tq, T = S.shape[-2:]
+    return xp.triu(xp.full((Tq, T), -math.inf, S.real.dtype), k=1 + T - Tq)
+
+
+def cross_entropy_forward(need, logits, *, targets, ignore_index=IGNORE_INDEX):
+    """Mean negative log-likelihood of targets (N,) under softmax(logits (N, V)); in nats per counted target.
+
+    F1  p = softmax_V logits                               (N, V)
+    F2  L = − mean_n log p[n, targets_n]                   over the n with targets_n ≠ ignore_index
+    Kept: p, targets.
+    """
+    xp = array_module(logits)
+    if logits.ndim != 2 or targets.shape != logits.shape[:1]:
+        raise InputError(f"cross_entropy: logits {logits.shape} and targets {targets.shape}; expected (N, V) and (N,)")
+    counted = targets != ignore_index
+    count = int(counted.sum())
+    if count == 0:
+        raise InputError(f"cross_entropy: every target is ignore_index ({ignore_index}); there is nothing to average")
+    targets = xp.where(counted, targets, 0)
+    check_ids("cross_entropy", targets, logits.shape[1])
+    rows = xp.arange(len(targets))
+    p = logits - logits.max(axis=1, keepdims=True)
+    shifted = p[rows, targets]
+    xp.exp(p, out=p)
+    total = p.sum(axis=1, keepdims=True)
+    p /= total  # F1
+    loss = ((xp.log(total[:, 0]) - shifted) * counted).sum() / count  # F2
+    return loss.astype(logits.dtype), {"p": p, "targets": targets, "weight": counted.astype(logits.dtype) / count}
+
+
+def cross_entropy_backward(need, dy, saved):
+    """B1  dlogits = (p − onehot(targets)) / count     for the counted rows, 0 for the others"""
+    dlogits = saved.p.copy()
+    dlogits[array_module(dy).arange(len(dlogits)), saved.targets] -= 1.0
+    dlogits *= (dy * saved.weight)[:, None]  # B1
+    return (dlogits,)
+
+
+def dropout_forward(need, x, *, p, rng):
+    """Zero each entry with probability p and scale the rest by 1 / (1 − p).   Srivastava et al. 2014
+
+    F1  y = x ∘ M,  M = 0 with probability p, else 1 / (1 − p), drawn from rng, a host NumPy Generator
+    Kept: M.
+    """
+    if not 0.0 <= p < 1.0:
+        raise InputError(f"dropout: p is {p}; it must be at least 0 and below 1")
+    keep = rng.random(x.shape) >= p  # on the host, so that a seed gives one run on CPU and GPU
+    mask = array_module(x).asarray(keep / (1.0 - p), dtype=x.dtype)
+    return x * mask, {"mask": mask}  # F1
+
+
+def dropout_backward(need, dy, saved):
+    """B1  dx = dy ∘ M"""
+    return (dy * saved.mask,)  # B1
+
+
+def check_ids(name, ids, size):
+    """Raise InputError unless ``ids`` are integers in 0 … size − 1."""
+    if ids.dtype.kind not in "iu":
+        raise InputError(f"{name}: ids must be integers, got {ids.dtype}")
+    if ids.size and (ids.min() < 0 or ids.max() >= size):
+        raise InputError(f"{name}: ids run from {ids.min()} to {ids.max()}; they must lie in 0 … {size - 1}")
+
+
+linear = Operation(linear_forward, linear_backward)
+embedding = Operation(embedding_forward, embedding_backward)
+layer_norm = Operation(layer_norm_forward, layer_norm_backward)
+gelu = Operation(gelu_forward, gelu_backward)
+attention = Operation(attention_forward, attention_backward)
+cross_entropy = Operation(cross_entropy_forward, cross_entropy_backward)
+dropout = Operation(dropout_forward, dropout_backward)

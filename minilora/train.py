@@ -1,0 +1,124 @@
+"""The training loop, the same for every method: loss, backward, step, and what the method does after a step.
+
+It knows no method by name, shows its progress, and stops before a step that would spoil the weights.
+"""
+
+import math
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+
+from .backend import keep_heap
+from .engine import backward, no_grad
+from .errors import InputError, TrainingStopped
+from .ledger import kept_bytes
+from .nn import Module
+from .optim import Optimizer, check_positive, warmup_cosine
+
+
+@dataclass
+class History:
+    """What a run recorded, step by step: losses in nats per token, learning rates, gradient norms, seconds."""
+
+    loss: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    grad_norm: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    tokens_per_step: int = 0
+    kept_bytes: int = 0  # for backward, measured at the first step
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The median, which a first slow step or a busy moment does not move."""
+        return statistics.median(self.seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / self.seconds_per_step
+
+
+def train(
+    model: Module,
+    optimizer: Optimizer,
+    batches,
+    steps: int,
+    warmup=0,
+    floor=0.1,
+    rng=None,
+    callback=None,
+    label="train",
+    progress=None,
+) -> History:
+    """Train ``model`` for ``steps`` steps on ``batches``, an iterator of (ids, targets), each (B, T).
+
+    The rate rises over ``warmup`` steps to ``optimizer.lr`` and falls along a cosine to ``floor`` times it.
+    ``rng`` draws dropout; ``callback(step, history)`` runs after each step, outside its time. ``progress``: a bar
+    with loss, tokens per second and the time that is left; by default where the output is a terminal.
+    Raises InputError for steps < 1 or batches that end early, and TrainingStopped, with the weights of the last
+    good step in place, at a loss or gradient that is not finite.
+    """
+    if steps < 1:
+        raise InputError(f"train: steps is {steps}; ask for at least one")
+    check_positive(zero_allowed=True, warmup=warmup, floor=floor)
+    keep_heap()
+    history, peak, batches = History(), optimizer.lr, iter(batches)
+    with progress_bar(steps, label, progress) as bar:
+        for step in range(steps):
+            ids, targets = next(batches, (None, None))
+            if ids is None:
+                raise InputError(f"train: the batches ended after {step} of {steps} steps")
+            start = time.perf_counter()
+            optimizer.lr = warmup_cosine(step, steps, peak, warmup, floor)
+            try:
+                loss, norm = training_step(model, optimizer, ids, targets, rng, history)
+            except TrainingStopped as stop:
+                raise TrainingStopped(
+                    f"stopped at step {step + 1} of {steps}: {stop} (learning rate {optimizer.lr:.2g}); "
+                    "the weights are those of the last good step"
+                ) from None
+            history.seconds.append(time.perf_counter() - start)
+            history.loss.append(loss)
+            history.lr.append(optimizer.lr)
+            history.grad_norm.append(norm)
+            history.tokens_per_step = ids.size
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.3f}, {ids.size / history.seconds[-1]:,.0f} tok/s", refresh=False)
+            if callback is not None:
+                callback(step, history)
+    optimizer.lr = peak
+    return history
+
+
+def training_step(model, optimizer, ids, targets, rng=None, history=None):
+    """One step: (loss, gradient norm). Raises TrainingStopped before anything has moved."""
+    loss = model.loss(ids, targets, rng)
+    value = float(loss.data)
+    if not math.isfinite(value):
+        raise TrainingStopped(f"the loss is {value}; lower the learning rate or look at the data")
+    if history is not None and not history.loss:
+        history.kept_bytes = kept_bytes(loss, model)
+    backward(loss)
+    norm = optimizer.step()
+    model.after_step()
+    return value, norm
+
+
+def evaluate(model: Module, batches) -> float:
+    """Mean loss in nats per token over ``batches``, a list of (ids, targets); nothing is recorded or dropped out."""
+    total = count = 0
+    with no_grad():
+        for ids, targets in batches:
+            total += float(model.loss(ids, targets).data) * ids.size
+            count += ids.size
+    if not count:
+        raise InputError("evaluate: there are no batches to evaluate on")
+    return total / count
+
+
+def progress_bar(total, label, show=None):
+    """A tqdm bar on standard error; silent unless ``show``, by default where that is a terminal."""
+    from tqdm import tqdm
+
+    show = sys.stderr.isatty() if show is None else show
+    return tqdm(total=total, desc=label, unit="it", disable=not show, dynamic_ncols=True, leave=False)

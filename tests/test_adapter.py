@@ -1,0 +1,141 @@
+"""adapt(), its errors, target matching, counting, and that nothing is changed when something is wrong."""
+
+import numpy as np
+import pytest
+
+from minilora import GPT, AdamW, GPTConfig, InputError, Tensor, adapt, count_parameters, methods
+from minilora.adapter import adapted_layers, match_targets
+from minilora.nn import Linear, Module
+from minilora.train import training_step
+
+pytestmark = pytest.mark.quick
+
+
+def tiny_model(dtype=np.float32):
+    return GPT(GPTConfig(vocab_size=17, n_positions=8, n_embd=16, n_layer=2, n_head=2), dtype=dtype)
+
+
+def test_all_linear_matches_the_six_of_each_block_and_prints_the_count(capsys):
+    model = adapt(tiny_model(), "lora", r=2)
+    assert list(adapted_layers(model)) == [
+        f"blocks.{i}.{n}" for i in range(2) for n in ("q", "k", "v", "o", "up", "down")
+    ]
+    trainable, total = count_parameters(model)
+    assert trainable == 2 * 2 * (4 * (16 + 16) + 2 * (16 + 64))  # layers * r * (d_in + d_out), methods.md 5.1
+    base = sum(p.data.size for _, p in tiny_model().named_parameters())
+    assert total == base + trainable
+    printed = capsys.readouterr().out
+    assert "12 layers matched (q, k, v, o, up, down)" in printed
+    assert f"trainable {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)" in printed
+
+
+@pytest.mark.parametrize(
+    ("target", "matched"),
+    [
+        (["q", "v"], ["blocks.0.q", "blocks.0.v", "blocks.1.q", "blocks.1.v"]),
+        (["blocks.1.up"], ["blocks.1.up"]),
+        (r"blocks\.0\.(q|down)", ["blocks.0.q", "blocks.0.down"]),
+        (("v", "q"), ["blocks.0.q", "blocks.0.v", "blocks.1.q", "blocks.1.v"]),
+    ],
+)
+def test_target_modules_by_name_path_and_expression(target, matched):
+    assert list(adapted_layers(adapt(tiny_model(), "lora", target, verbose=False, r=2))) == matched
+
+
+def test_a_name_matches_whole_parts_of_a_path_only():
+    assert match_targets(["a.up", "a.warmup"], ["up"]) == ["a.up"]
+
+
+BAD = {
+    "unknown method": (("lorra",), {}, r'unknown method "lorra" \(did you mean "lora"\?\)'),
+    "unknown option": (("lora",), {"rank": 4}, r'lora has no option "rank".*r, alpha'),
+    "option of another method": (("full",), {"r": 4}, r'full has no option "r"; its options: none'),
+    "target that matches nothing": (
+        ("lora", ["q", "qq"]),
+        {},
+        r'no linear layer is named "qq"; there are down, k, o, q, up, v',
+    ),
+    "expression that matches nothing": (("lora", r"layers\..*"), {}, "matches no path"),
+    "broken expression": (("lora", "q("), {}, "not a regular expression"),
+    "no target": (("lora", []), {}, "nothing is selected"),
+    "rank 0": (("lora",), {"r": 0}, "r is 0; the rank must be an integer of at least 1"),
+    "fractional rank": (("lora",), {"r": 2.5}, "r is 2.5"),
+    "rank above the layer": (("lora",), {"r": 17}, r"r=17 is larger than blocks.0.q allows, \(16, 16\): at most 16"),
+    "alpha nan": (("lora",), {"alpha": float("nan")}, "alpha is nan; it must be a finite number above 0"),
+    "alpha infinite": (("lora",), {"alpha": float("inf")}, "alpha is inf"),
+    "alpha 0": (("lora",), {"alpha": 0.0}, "alpha is 0"),
+    "alpha negative": (("lora",), {"alpha": -1}, "alpha is -1"),
+    "alpha text": (("lora",), {"alpha": "16"}, "alpha is '16'"),
+}
+
+
+@pytest.mark.parametrize(("args", "options", "message"), BAD.values(), ids=BAD)
+def test_bad_input_gets_one_clear_error_and_changes_nothing(args, options, message):
+    model = tiny_model()
+    before = dict(model.named_parameters())
+    with pytest.raises(InputError, match=message):
+        adapt(model, *args, verbose=False, **options)
+    assert dict(model.named_parameters()) == before
+    assert all(p.requires_grad for p in before.values())
+
+
+def test_a_second_adapt_is_refused():
+    model = adapt(tiny_model(), "lora", verbose=False, r=2)
+    with pytest.raises(InputError, match="adapted already"):
+        adapt(model, "full", verbose=False)
+
+
+def test_a_model_without_linear_layers():
+    with pytest.raises(InputError, match="nothing is selected"):
+        adapt(Module(), "lora", verbose=False)
+
+
+def test_wrong_shape_dtype_and_rank_of_x_are_named():
+    layer = adapt(tiny_model(), "lora", verbose=False, r=2).blocks[0].q
+    for x in (np.ones((3, 15), np.float32), np.ones((3, 16)), np.ones((1, 3, 16), np.float32)):
+        with pytest.raises(InputError, match=r"this layer takes float32 \(N, 16\)"):
+            layer(Tensor(x))
+
+
+def test_only_the_adapter_receives_gradients():
+    model = adapt(tiny_model(), "lora", ["q"], verbose=False, r=2)
+    ids = np.arange(6).reshape(2, 3)
+    training_step(model, AdamW(model.trainable(), 1e-3), ids, ids)
+    assert all(p.grad is None for n, p in model.named_parameters() if ".arrays." not in n)
+    assert set(model.trainable()) == {f"blocks.{i}.q.arrays.{a}" for i in range(2) for a in "AB"}
+
+
+def test_nothing_below_the_first_adapter_is_recorded():
+    """Only block 1 is adapted, so block 0 needs no backward and keeps nothing."""
+    from minilora.engine import nodes_of
+
+    model = adapt(tiny_model(), "lora", ["blocks.1.o"], verbose=False, r=2)
+    ids = np.arange(6).reshape(2, 3)
+    names = [node.name for node in nodes_of(model.loss(ids, ids))]
+    assert names.count("attention") == 0 and names.count("gelu") == 1 and names.count("lora") == 1
+
+
+def test_registry_skips_underscores_and_wants_one_class(tmp_path, monkeypatch):
+    (tmp_path / "_draft.py").write_text("")
+    (tmp_path / "empty.py").write_text('"""Empty."""\n')
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    assert "_draft" not in methods.names() and "empty" in methods.names()
+    with pytest.raises(InputError, match="defines 0 Adapter classes"):
+        methods.get("empty")
+    with pytest.raises(InputError, match='unknown method "_draft"'):
+        methods.get("_draft")
+
+
+def test_adapt_works_on_any_module_with_linears():
+    class Two(Module):
+        def __init__(self):
+            rng = np.random.default_rng(0)
+            self.first, self.second = Linear(rng.normal(size=(5, 4))), Linear(rng.normal(size=(3, 5)))
+
+        def __call__(self, x):
+            return self.second(self.first(x).tanh())
+
+    model, x = Two(), Tensor(np.ones((2, 4)))
+    before = model(x).data
+    adapt(model, "lora", ["second"], verbose=False, r=2)
+    assert np.array_equal(model(x).data, before)  # B = 0: it starts as the base model

