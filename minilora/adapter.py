@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from . import methods
-from .backend import array_module, to_device
+from .backend import array_module, to_device, to_host
 from .engine import Saved, Tensor, is_recording, record
 from .errors import InputError
 from .nn import Linear, Module, Parameter
@@ -25,7 +25,9 @@ class Adapter:
     ``W (d_out, d_in)`` is the frozen weight, ``x (N, d_in)`` the input, ``p`` the layer's arrays (``p.A``, ``p["A"]``).
     """
 
-    updates_base = False  # True: after_step changes W, and the layer gets its own copy of it
+    updates_base = False  # True: init or after_step changes W, and the layer gets its own copy of it
+    holomorphic = True  # False: the complex step cannot be taken, and the method's file says why
+    claims = {}  # sentence: function of a claims.Trial that is true where the sentence holds
 
     def __post_init__(self):
         """Raises InputError for a rank below 1 or a number that is not finite and positive."""
@@ -33,6 +35,8 @@ class Adapter:
             value = getattr(self, field.name)
             if field.name == "r" and (not isinstance(value, int) or value < 1):
                 raise InputError(f"{self.name}: r is {value!r}; the rank must be an integer of at least 1")
+            if field.type is int and (not isinstance(value, int) or value < 0):
+                raise InputError(f"{self.name}: {field.name} is {value!r}; it must be an integer of at least 0")
             if field.type is float and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
                 raise InputError(f"{self.name}: {field.name} is {value!r}; it must be a finite number above 0")
 
@@ -51,7 +55,10 @@ class Adapter:
         return {}
 
     def init(self, W, rng, shared) -> tuple[dict, dict]:
-        """(trainable, buffers): host arrays by name. ``rng`` is seeded by the layer's name, alike for all methods."""
+        """(trainable, buffers): host arrays by name. ``rng`` is seeded by the layer's name, alike for all methods.
+
+        ``W`` is a host copy; a method with ``updates_base`` may change it in place.
+        """
         raise NotImplementedError
 
     def forward(self, x, W, p):
@@ -61,6 +68,13 @@ class Adapter:
     def backward(self, dy, saved, W, p):
         """(dx (N, d_in), grads): grads has the names of the trainable arrays."""
         raise NotImplementedError
+
+    def surrogate(self, x, W, p, at):
+        """The function of (x, p) whose gradient backward computes at the point p = ``at``: forward's y, as a rule.
+
+        A method whose gradient is by design not the loss's says here what it is the gradient of.
+        """
+        return self.forward(x, W, p)[0]
 
     def merge(self, W, p):
         """The weight (d_out, d_in) that does the same in one product: forward(x) equals x @ merge(W, p).T."""
@@ -82,18 +96,17 @@ class AdaptedLinear(Module):
         self.method, self.base, self.merged = method, base, None
         base.freeze()
         xp, dtype = array_module(base.W.data), base.W.dtype
-        if method.updates_base:
-            base.W.data = base.W.data.copy()
         self.shared = shared or {}
-        trainable, buffers = method.init(
-            base.W.data, np.random.default_rng(seed), Saved((k, p.data) for k, p in self.shared.items())
-        )
         own = lambda array: own_array(array, xp, dtype)
+        W, shared = np.array(to_host(base.W.data)), Saved((k, to_host(p.data)) for k, p in self.shared.items())
+        trainable, buffers = method.init(W, np.random.default_rng(seed), shared)
         self.arrays = Module()
         for name, array in trainable.items():
             setattr(self.arrays, name, Parameter(own(array), lr_scale=method.lr_scale(name)))
         for name, array in buffers.items():
             setattr(self.arrays, name, Parameter(own(array), requires_grad=False))
+        if method.updates_base:
+            base.W.data = own(W)
 
     @property
     def p(self) -> Saved:

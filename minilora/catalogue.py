@@ -6,6 +6,7 @@ import sys
 
 from . import methods
 from .adapter import adapt, count_parameters
+from .claims import Trial, verdicts
 from .gpt import GPT, GPTConfig
 
 
@@ -15,28 +16,42 @@ def catalogue() -> list[dict]:
     for name in methods.names():
         method = methods.get(name)
         doc = inspect.getdoc(sys.modules[method.__module__])
-        trainable, total = count_parameters(adapt(GPT(GPTConfig()), name, verbose=False))
+        model = adapt(GPT(GPTConfig()), name, verbose=False)
+        layer, (trainable, total) = model.blocks[0].up, count_parameters(model)
         entries.append({
             "method": name,
             "title": doc.split("\n")[0].split("   ")[0].rstrip("."),
             "source": [*doc.split("\n")[0].split("   "), ""][1],
             "options": {key: default for key, (_, default) in methods.options(name).items()},
+            "trained_arrays": trained_shapes(name),
             "trainable": trainable,
             "trainable_percent": 100 * trainable / total,
+            "frozen": sorted(set(layer.p) - set(layer.arrays.trainable())),
+            "claims": verdicts(name),
             "kept": re.search(r"^Kept for backward: (.*)$", doc, re.MULTILINE)[1],
         })  # fmt: skip
     return entries
+
+
+def trained_shapes(name) -> dict[str, list[str]]:
+    """The trainable arrays of a layer by name, with their shapes in letters: {"A": ["r", "d_in"], …}."""
+    letters = {3: "r", 12: "d_in", 9: "d_out"}
+    arrays = Trial(methods.create(name, **methods.known(name, r=3)), d_in=12, d_out=9).layer.arrays.trainable()
+    return {array: [letters[n] for n in p.shape] for array, p in arrays.items()}
 
 
 def show(entries) -> str:
     """The catalogue as text for a terminal."""
     lines = []
     for e in entries:
+        arrays = ", ".join(f"{array} ({', '.join(shape)})" for array, shape in e["trained_arrays"].items())
         options = ", ".join(f"{key}={value}" for key, value in e["options"].items()) or "no options"
         lines += [
             f"{e['method']}: {e['title']}",
             *([f"    {e['source']}"] if e["source"] else []),
-            f"    {options}; trains {e['trainable']:,} numbers ({e['trainable_percent']:.2f} %) of the shipped model",
-            f"    keeps for backward: {e['kept']}",
+            f"    {options}",
+            f"    trains {arrays}: {e['trainable']:,} numbers, {e['trainable_percent']:.2f} % of the shipped model",
+            f"    keeps for backward: {e['kept']}" + (f"; frozen: W, {', '.join(e['frozen'])}" if e["frozen"] else ""),
+            *(f"    {'✓' if holds else '✗'} {claim}" for claim, holds in e["claims"].items()),
         ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The command line: ``minilora compare``, ``train``, ``pretrain``, ``generate``, ``methods`` and ``check``. Thin.
+"""The command line, thin: ``minilora compare``, ``train``, ``methods``, ``check`` and what ``--help`` lists beside.
 
 It parses, calls, prints, and turns an error that the user can mend into one line and exit code 2.
 """
@@ -88,6 +88,19 @@ def build_parser(argv) -> argparse.ArgumentParser:
     p = command("methods", run_methods, "List the methods: what each trains, keeps and costs.")
     p.add_argument("--json", action="store_true", help="print JSON")
 
+    p = command("ledger", run_ledger, "Who keeps which bytes for backward, beside what the allocator says.")
+    p.add_argument("methods", nargs="+", metavar="METHOD", help="methods to audit, on the shipped model")
+    p.add_argument("--batch", type=int, default=8, help="sequences of the full context")
+    p.add_argument("--json", action="store_true", help="print JSON")
+
+    p = command("trace", run_trace, "One training step of the shipped model, operation by operation.")
+    p.add_argument("method", metavar="METHOD", help="the method that adapts it")
+    p.add_argument("--batch", type=int, default=1, help="sequences of the full context")
+
+    p = command("diff", run_diff, "What one method changes in another: equations and lines of code, nothing else.")
+    p.add_argument("first", metavar="METHOD")
+    p.add_argument("second", metavar="METHOD")
+
     p = command("check", run_check, "Check hand-written gradients against finite differences and the complex step.")
     p.add_argument("methods", nargs="*", metavar="METHOD", help="methods to check; all and the operations by default")
     p.add_argument("--json", action="store_true", help="print JSON")
@@ -164,6 +177,43 @@ def run_methods(args):
 
     entries = catalogue()
     print(json.dumps(entries, indent=1) if args.json else show(entries))
+
+
+def adapted_step(method, batch):
+    """The shipped model with ``method``, and a batch (ids, targets) of the Folio."""
+    from .adapter import adapt
+    from .checkpoint import pretrained
+    from .data import CharTokenizer, fixed_batches, load_corpus
+
+    adapter = methods.create(method)
+    model = pretrained()
+    ids = CharTokenizer().encode(load_corpus("folio").val)
+    return adapt(model, adapter, verbose=False), *fixed_batches(ids, batch, model.config.n_positions)[0]
+
+
+def run_ledger(args):
+    from dataclasses import asdict
+
+    from .ledger import audit, show
+
+    audits = {name: audit(*adapted_step(name, args.batch)) for name in args.methods}
+    if args.json:
+        plain = lambda a: {**a, "entries": [asdict(e) for e in a["entries"] if e.nbytes]}
+        print(json.dumps({name: plain(a) for name, a in audits.items()}, indent=1))
+    else:
+        print("\n\n".join(show(name, a) for name, a in audits.items()))
+
+
+def run_trace(args):
+    from .trace import show, trace
+
+    print(show(trace(*adapted_step(args.method, args.batch))))
+
+
+def run_diff(args):
+    from .difference import difference
+
+    print(difference(args.first, args.second))
 
 
 def run_check(args):

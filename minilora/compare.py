@@ -15,7 +15,7 @@ from . import methods
 from .adapter import adapt, count_parameters, plan
 from .backend import device_module
 from .checkpoint import load_model, pretrained, writable_folder, write_atomically
-from .data import CharTokenizer, fixed_batches, load_corpus, random_batches
+from .data import CharTokenizer, fixed_batches, load_corpus, random_batches, split_text
 from .errors import InputError
 from .optim import AdamW, check_positive
 from .train import evaluate, train
@@ -29,14 +29,19 @@ SAMPLE_TOKENS = 320
 
 
 class Task:
-    """Text B to train on, A and B held out to measure on, all as token ids; the base model, before any tuning."""
+    """Text B to train on, A and B held out to measure on, all as token ids; the base model, before any tuning.
 
-    def __init__(self, base=None, device="cpu"):
+    ``selection``: for choosing hyper-parameters. B is then held out from the end of the training text, so that the
+    play on which results are reported is never looked at.
+    """
+
+    def __init__(self, base=None, device="cpu", selection=False):
         device_module(device)
         self.device, self.tokenizer = device, CharTokenizer()
         self.load = (lambda: pretrained()) if base is None else (lambda: load_model(base))
         self.model = self.load().to(device)
         a, b, context = load_corpus("modern"), load_corpus("folio"), self.model.config.n_positions
+        b = split_text(b.train) if selection else b
         self.train_ids = self.tokenizer.encode(b.train)
         self.held_out_a = fixed_batches(self.tokenizer.encode(a.val), 32, context, limit=160)
         self.held_out_b = fixed_batches(self.tokenizer.encode(b.val), 32, context, limit=160)

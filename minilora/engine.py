@@ -119,7 +119,7 @@ def nodes_of(tensor: Tensor) -> list[Node]:
         elif node is not None and id(node) not in seen:
             seen.add(id(node))
             stack.append((node, True))
-            stack.extend((parent, False) for parent in node.parents)
+            stack.extend((parent, False) for parent in reversed(node.parents))
     return order
 
 

@@ -190,8 +190,8 @@ def check_method(method, N=5, d_in=7, d_out=6, at_init=False, seed=0, complex_st
     arrays = {"x": x, **{name: p[name] for name in names}}
 
     def loss(x, **trained):  # the loss whose gradient with respect to y is dy
-        y, _ = method.forward(x, W.astype(x.dtype), Saved({k: v.astype(x.dtype) for k, v in p.items()} | trained))
-        return (y * dy).sum()
+        at = Saved((k, v.astype(x.dtype)) for k, v in p.items())
+        return (method.surrogate(x, W.astype(x.dtype), Saved(at | trained), at) * dy).sum()
 
     point = "initial point" if at_init else "random point"
     title = f"{method.name}  x ({N}, {d_in}), W ({d_out}, {d_in}), {point}"
@@ -200,7 +200,10 @@ def check_method(method, N=5, d_in=7, d_out=6, at_init=False, seed=0, complex_st
 
 
 def method_point(method, N, d_in, d_out, at_init, seed):
-    """(x, W, p, trainable names, dy) in float64, drawn from ``seed``; every trained array random unless ``at_init``."""
+    """(x, W, p, trainable names, dy) in float64, drawn from ``seed``; every trained array random unless ``at_init``.
+
+    W is as ``init`` left it.
+    """
     rng = np.random.default_rng(seed)
     W, x, dy = (rng.standard_normal(shape) for shape in [(d_out, d_in), (N, d_in), (N, d_out)])
     method.check_layer("this layer", W.shape)

@@ -45,7 +45,8 @@ class Optimizer:
 
         Raises TrainingStopped, with nothing moved, where the gradient is not finite.
         """
-        norm = math.sqrt(float(self.grad @ self.grad))
+        with np.errstate(over="ignore"):  # an overflow is reported below, in words
+            norm = math.sqrt(float(self.grad @ self.grad))
         if not math.isfinite(norm):
             raise TrainingStopped(f"the gradient's norm is {norm}; lower the learning rate or clip the gradient")
         if self.clip is not None and norm > self.clip:

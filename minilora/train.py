@@ -7,6 +7,7 @@ import math
 import statistics
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 
 from .backend import keep_heap
@@ -15,6 +16,10 @@ from .errors import InputError, TrainingStopped
 from .ledger import kept_bytes
 from .nn import Module
 from .optim import Optimizer, check_positive, warmup_cosine
+
+
+class LostGradientWarning(UserWarning):
+    """A trained array receives no gradient: the graph is cut above it, or its backward returns zeros."""
 
 
 @dataclass
@@ -99,9 +104,19 @@ def training_step(model, optimizer, ids, targets, rng=None, history=None):
     if history is not None and not history.loss:
         history.kept_bytes = kept_bytes(loss, model)
     backward(loss)
+    if history is not None and len(history.loss) == 2:  # in step 1 a zero is right: dA = 0 where B = 0
+        warn_of_lost_gradients(model)
     norm = optimizer.step()
     model.after_step()
     return value, norm
+
+
+def warn_of_lost_gradients(model) -> None:
+    """Warn once, with all their names, of trained arrays whose gradient is exactly zero."""
+    lost = [name for name, p in model.trainable().items() if p.grad is None or not p.grad.any()]
+    if lost:
+        names = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        warnings.warn(f"{names}: no gradient arrives, so training changes nothing there", LostGradientWarning, 3)
 
 
 def evaluate(model: Module, batches) -> float:

@@ -8,7 +8,8 @@ from pathlib import Path
 from minilora import methods
 from minilora.adapter import Adapter
 
-TAG = re.compile(r"\b([FB]\d+)\b")
+TAG = re.compile(r"\b([FBIU]\d+)\b")  # forward, backward, initial values, update rule
+TARGET = re.compile(r"^\s+(\w+) [-+*/]?= ")
 ASSIGNMENT = re.compile(r"^(\s+)(\w+) = (.+?)  # (.*)$")
 SHAPE = re.compile(r"^\(([^)]*)\)")
 
@@ -25,7 +26,7 @@ def docstring_and_code(source: str) -> tuple[str, str]:
 def tags(text: str, where: str) -> list[str]:
     """Equation tags in order: in a docstring those that open a line, in code those in a line's closing comment."""
     if where == "docstring":
-        return [m[1] for line in text.splitlines() if (m := re.match(r"\s*([FB]\d+)  ", line))]
+        return [m[1] for line in text.splitlines() if (m := re.match(r"\s*([FBIU]\d+)  ", line))]
     return [t for line in text.splitlines() if "  # " in line for t in TAG.findall(line.rsplit("  # ", 1)[1])]
 
 

@@ -76,7 +76,8 @@ def test_gradients_equal_finite_differences_and_the_complex_step(name, sizes, at
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_gradients_at_shapes_that_hypothesis_draws(name, data):
-    N, d_in, d_out = (data.draw(st.integers(1, 9), label=label) for label in ("N", "d_in", "d_out"))
+    # d_in of 1 is left out: a row norm over one entry has derivative zero, and zero has no relative error.
+    N, d_in, d_out = (data.draw(st.integers(low, 9), label=k) for k, low in (("N", 1), ("d_in", 2), ("d_out", 1)))
     r = data.draw(st.integers(1, min(d_in, d_out)), label="r")
     alpha = data.draw(st.floats(0.1, 64.0), label="alpha")
     report = check_method(create(name, r=r, alpha=alpha), N, d_in, d_out, seed=data.draw(st.integers(0, 99)))
@@ -150,7 +151,8 @@ def test_dtype_in_is_dtype_out(name, dtype):
 def test_equation_tags_of_docstring_and_code_are_the_same(name):
     docstring, code = source.docstring_and_code(source.path_of(name).read_text())
     stated = source.tags(docstring, "docstring")
-    assert len(stated) == len(set(stated)) and {"F1", "B1"} <= set(stated)
+    assert stated and len(stated) == len(set(stated))
+    assert ("def forward" in code) == ("F1" in stated) and ("def backward" in code) == ("B1" in stated)
     assert sorted(source.tags(code, "code")) == sorted(stated)
 
 
@@ -161,7 +163,7 @@ def test_shape_comments_are_true_while_the_code_runs(name):
     path = source.path_of(name)
     text = path.read_text()
     comments = source.shape_comments(text)
-    targets = {n: m[2] for n, line in enumerate(text.splitlines(), 1) if (m := source.ASSIGNMENT.match(line))}
+    targets = {n: m[1] for n, line in enumerate(text.splitlines(), 1) if (m := source.TARGET.match(line))}
 
     def watch(frame, event, value):
         if event != "return" or frame.f_code.co_filename != str(path):
@@ -178,13 +180,15 @@ def test_shape_comments_are_true_while_the_code_runs(name):
         method.init(W, np.random.default_rng(0), Saved(method.init_shared([W.shape], np.random.default_rng(0))))
         _, saved = method.forward(x, W, p)
         method.backward(dy, Saved(saved), W, p)
+        method.surrogate(x, W, p, p)
         method.merge(W, p)
         method.after_step(W, p)
     finally:
         sys.setprofile(None)
-    assert set(seen) >= set(comments) - {n for n in comments if n > len(text.splitlines())}
+    assert set(seen) == set(comments)
     for number, (shape, actual) in seen.items():
-        assert tuple(SIZES.get(d, d) for d in shape) == actual, f"{path.name}:{number} says {shape}, it is {actual}"
+        stated = tuple(SIZES[d] if d in SIZES else int(d) for d in shape)
+        assert stated == actual, f"{path.name}:{number} says {shape}, it is {actual}"
 
 
 @pytest.mark.quick
@@ -193,7 +197,7 @@ def test_forward_and_backward_lines_state_their_shapes(name):
     text = source.path_of(name).read_text()
     comments = source.shape_comments(text)
     for number, line in enumerate(text.splitlines(), 1):
-        if "  # " in line and source.TAG.search(line.rsplit("  # ", 1)[1]):
+        if "  # " in line and re.search(r"\b[FB]\d", line.rsplit("  # ", 1)[1]):
             assert number in comments, f"{name}:{number} has a tag and no shape"
 
 
@@ -242,7 +246,8 @@ def test_the_file_is_short_plain_and_holds_no_array(name):
             assert "np" not in used, f"{name}.{function.name} uses NumPy by name, so CuPy arrays could not pass"
             stores = [n for n in ast.walk(function) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
             assert not stores, f"{name}.{function.name} stores into an attribute"
-    assert re.search(r"arXiv \d{4}\.\d{5}", text) or name == "full"
+    title = text.split('"""')[1].splitlines()[0]
+    assert re.fullmatch(r"\S.*\.   .*\d{4}, arXiv \d{4}\.\d{5}.*", title) or name == "full"
 
 
 # ------------------------------------------------------------------------------------------- merging and the host
@@ -264,9 +269,13 @@ def test_forward_equals_the_merged_weight(name):
 @every_method
 def test_starts_as_the_base_model(name):
     method = create(name)
-    x, W, p, _, _ = point(method, at_init=True)
-    y, _ = method.forward(x, W, p)
-    np.testing.assert_allclose(y, x @ W.T, rtol=1e-12, atol=1e-12)
+    x, original, _, _, _ = point(method, at_init=True)
+    W = original.copy()  # init may change it where the method updates the base
+    shared = Saved(method.init_shared([W.shape], np.random.default_rng(0)))
+    trainable, buffers = method.init(W, np.random.default_rng(0), shared)
+    assert method.updates_base or np.array_equal(W, original)
+    y, _ = method.forward(x, W, Saved({**shared, **trainable, **buffers}))
+    np.testing.assert_allclose(y, x @ original.T, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.quick

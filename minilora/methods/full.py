@@ -21,6 +21,11 @@ from ..adapter import Adapter
 
 @dataclass(frozen=True)
 class Full(Adapter):
+    claims = {
+        "trains every number of W": lambda t: t.trained_numbers() == t.W0.size,
+        "keeps x alone": lambda t: t.kept_numbers() == t.x.size,
+    }
+
     def init(self, W, rng, shared):
         return {"W": W.copy()}, {}
 

@@ -29,6 +29,12 @@ class LoRA(Adapter):
     r: int = 8
     alpha: float = 16.0
 
+    claims = {
+        "starts as the base model": lambda t: (t.merged == t.W0).all(),
+        "at step 1 dA is exactly 0 and dB is not": lambda t: not t.grads.A.any() and t.grads.B.any(),
+        "trains r (d_in + d_out) numbers": lambda t: t.trained_numbers() == t.method.r * sum(t.W0.shape),
+    }
+
     @property
     def scaling(self) -> float:
         return self.alpha / self.r
