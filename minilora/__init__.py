@@ -7,7 +7,7 @@ minilora.train(model, optimizer, batches, steps=200)
 """
 
 from . import elementary, methods, ops  # elementary gives Tensor its operators
-from .adapter import Adapter, adapt, count_parameters, merge, merge_and_unload, unmerge
+from .adapter import Adapter, adapt, count_parameters, merge, merge_and_unload, unload, unmerge
 from .checkpoint import pretrained
 from .engine import Tensor, backward, no_grad
 from .errors import InputError, TrainingStopped
@@ -41,5 +41,6 @@ __all__ = [
     "ops",
     "pretrained",
     "train",
+    "unload",
     "unmerge",
 ]

@@ -93,7 +93,7 @@ class AdaptedLinear(Module):
 
     def __init__(self, base: Linear, method: Adapter, seed, shared=None):
         """``shared``: Parameters from ``init_shared``; ``seed``: of the Generator that ``init`` draws from."""
-        self.method, self.base, self.merged = method, base, None
+        self.method, self.base, self.merged, self.original = method, base, None, base.W.data
         base.freeze()
         xp, dtype = array_module(base.W.data), base.W.dtype
         self.shared = shared or {}
@@ -239,6 +239,16 @@ def unmerge(model: Module) -> None:
         layer.merged = None
 
 
+def unload(model: Module) -> Module:
+    """Take the adapters out again: the base model with the weights it had before adapt(), frozen; returns the model."""
+    for name, layer in adapted_layers(model).items():
+        parent, attribute = parent_of(model, name)
+        layer.base.W.data = layer.original
+        setattr(parent, attribute, layer.base)
+    vars(model).pop("shared", None)
+    return model
+
+
 def merge_and_unload(model: Module) -> Module:
     """Replace each adapted layer by a plain Linear with the merged weight; returns the model."""
     for name, layer in adapted_layers(model).items():
@@ -247,4 +257,5 @@ def merge_and_unload(model: Module) -> Module:
         plain.b = layer.base.b
         plain.freeze()
         setattr(parent, attribute, plain)
+    vars(model).pop("shared", None)
     return model

@@ -86,4 +86,6 @@ def keep_heap() -> bool:
     except (OSError, AttributeError):  # musl and others have no mallopt
         return False
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_threshold, 2**31 - 1))
+    most, older_most = 2**31 - 1, 32 * 2**20  # an older glibc takes no mmap threshold above 32 MiB
+    mapped = mallopt(mmap_threshold, most) or mallopt(mmap_threshold, older_most)
+    return bool(mapped and mallopt(trim_threshold, most))

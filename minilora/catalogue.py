@@ -55,3 +55,17 @@ def show(entries) -> str:
             *(f"    {'✓' if holds else '✗'} {claim}" for claim, holds in e["claims"].items()),
         ]
     return "\n".join(lines)
+
+
+def markdown(entries) -> str:
+    """The catalogue as the table of the README."""
+    rows = ["| method | what | trains | numbers | keeps for backward |", "| --- | --- | --- | ---: | --- |"]
+    for e in entries:
+        trained = ", ".join(f"{array} ({', '.join(shape)})" for array, shape in e["trained_arrays"].items())
+        source = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", e["source"])
+        what = f"{e['title']}. {source}" if source else e["title"]
+        link = f"[`{e['method']}`](minilora/methods/{e['method']}.py)"
+        rows.append(
+            f"| {link} | {what} | {trained} | {e['trainable']:,} ({e['trainable_percent']:.1f} %) | {e['kept']} |"
+        )
+    return "\n".join(rows)

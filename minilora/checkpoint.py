@@ -8,17 +8,19 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
-from .adapter import adapt, adapted_layers
+from .adapter import adapt, adapted_layers, unload
 from .backend import array_module, to_device, to_host
 from .errors import InputError, nearest
 from .gpt import GPT, GPTConfig
 
+FORMAT = "minilora adapter 1"
 CONFIG = "config"  # the .npz member that holds the GPTConfig as JSON text
 
 
@@ -52,7 +54,9 @@ def writable_folder(path) -> Path:
 
 
 def save_model(path, model: GPT) -> None:
-    """Save a model without adapters, in its dtype, as .npz."""
+    """Save a model in its dtype, as .npz. Raises InputError for one with adapters."""
+    if adapted_layers(model):
+        raise InputError("save_model: this model has adapters; use save_adapter(), or merge_and_unload(model) first")
     buffer = io.BytesIO()
     arrays = {name: to_host(p.data) for name, p in model.named_parameters()}
     np.savez_compressed(buffer, **{CONFIG: json.dumps(asdict(model.config))}, **arrays)
@@ -65,18 +69,18 @@ def load_model(path) -> GPT:
     Raises InputError for a missing file, one that is no .npz, or arrays that are not exactly the configuration's.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with open(path, "rb") as file:
+            members = dict(np.load(file, allow_pickle=False))
     except FileNotFoundError:
         raise InputError(f'there is no model file "{path}"') from None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
         raise InputError(f'"{path}" is not a model file that save_model() wrote: {error}') from error
     try:
-        config = GPTConfig(**json.loads(str(arrays.pop(CONFIG))))
+        config = GPTConfig(**json.loads(str(members.pop(CONFIG))))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(f'"{path}" holds no model configuration ({error!r})') from error
-    model = GPT(config)
-    assign(dict(model.named_parameters()), arrays, path)
+    model = GPT(config, dtype=next((a.dtype for a in members.values() if a.dtype.kind == "f"), np.float32))
+    assign(dict(model.named_parameters()), members, path)
     return model
 
 
@@ -115,7 +119,7 @@ def save_adapter(path, model: GPT, base_fingerprint: str) -> None:
         raise InputError("save_adapter: this model has no adapter; call adapt() first")
     method = next(iter(layers.values())).method
     metadata = {
-        "format": "minilora adapter 1",
+        "format": FORMAT,
         "method": method.name,
         "options": json.dumps(asdict(method)),
         "layers": json.dumps(list(layers)),
@@ -139,15 +143,26 @@ def load_adapter(path, model: GPT) -> GPT:
         raise InputError(f'there is no adapter file "{path}"') from None
     except (OSError, SafetensorError) as error:
         raise InputError(f'"{path}" is not an adapter file: {error}') from error
-    if metadata.get("format") != "minilora adapter 1":
+    if metadata.get("format") != FORMAT:
         raise InputError(f'"{path}" is a safetensors file, but not one that save_adapter() wrote')
-    if metadata["base"] != fingerprint(model):
+    try:
+        base, method = metadata["base"], metadata["method"]
+        options, layers = json.loads(metadata["options"]), json.loads(metadata["layers"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise InputError(f'"{path}": the description of the adapter is damaged ({error!r})') from error
+    if base != fingerprint(model):
         raise InputError(
             f'"{path}" was trained on another base model; load that one first (--base on the command line)'
         )
-    options, layers = json.loads(metadata["options"]), json.loads(metadata["layers"])
-    adapt(model, metadata["method"], layers, verbose=False, **options)
-    assign(adapter_arrays(model), arrays, path)
+    before = [(p, p.node) for _, p in model.named_parameters()]
+    adapt(model, method, layers, verbose=False, **options)
+    try:
+        assign(adapter_arrays(model), arrays, path)
+    except InputError:
+        unload(model)
+        for p, node in before:
+            p.node = node
+        raise
     return model
 
 

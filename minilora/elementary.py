@@ -45,10 +45,13 @@ def mul_backward(need, dy, saved):
 
 
 def pow_forward(need, x, *, exponent):
+    exponent = float(exponent)  # a NumPy number would make float64 of float32
     return x**exponent, {"x": x, "exponent": exponent}
 
 
 def pow_backward(need, dy, saved):
+    if saved.exponent == 0.0:  # a constant, also at 0, where 0 · x⁻¹ would be no number
+        return (0.0 * dy,)
     return (dy * (saved.exponent * saved.x ** (saved.exponent - 1)),)
 
 
@@ -113,7 +116,8 @@ def transpose_forward(need, x, *, axes):
 
 
 def transpose_backward(need, dy, saved):
-    inverse = sorted(range(len(saved.axes)), key=saved.axes.__getitem__)
+    axes = [axis % dy.ndim for axis in saved.axes]
+    inverse = sorted(range(dy.ndim), key=axes.__getitem__)
     return (dy.transpose(inverse),)
 
 
@@ -142,8 +146,10 @@ getitem = Operation(getitem_forward, getitem_backward)
 
 
 def _tensor(value, like):
-    """A Python number as a constant of the dtype and device of ``like``, so that float32 stays float32."""
-    return value if isinstance(value, Tensor) else Tensor(array_module(like.data).asarray(value, dtype=like.dtype))
+    """An array or a number as a constant; a number takes the dtype and device of ``like``: float32 stays float32."""
+    if isinstance(value, Tensor):
+        return value
+    return Tensor(value if getattr(value, "shape", ()) else array_module(like.data).asarray(value, dtype=like.dtype))
 
 
 Tensor.__add__ = Tensor.__radd__ = lambda a, b: add(a, _tensor(b, a))
@@ -154,7 +160,8 @@ Tensor.__rsub__ = lambda a, b: _tensor(b, a) + a * -1.0
 Tensor.__pow__ = lambda a, exponent: power(a, exponent=exponent)
 Tensor.__truediv__ = lambda a, b: a * _tensor(b, a) ** -1.0
 Tensor.__rtruediv__ = lambda a, b: _tensor(b, a) * a**-1.0
-Tensor.__matmul__ = lambda a, b: matmul(a, b)
+Tensor.__matmul__ = lambda a, b: matmul(a, _tensor(b, a))
+Tensor.__rmatmul__ = lambda a, b: matmul(_tensor(b, a), a)
 Tensor.__getitem__ = lambda x, index: getitem(x, index=index)
 Tensor.sum = lambda x, axis=None, keepdims=False: sum_(x, axis=axis, keepdims=keepdims)
 Tensor.exp, Tensor.log, Tensor.tanh = (lambda x: exp(x)), (lambda x: log(x)), (lambda x: tanh(x))

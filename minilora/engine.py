@@ -20,7 +20,7 @@ _recording = ContextVar("minilora_recording", default=True)
 class Node:
     """One step of the backward pass. It holds parent nodes and ``saved``, never an input Tensor.
 
-    A leaf (a Tensor that asks for a gradient) is a Node without ``vjp``; its ``grad`` is the result.
+    A leaf (a Tensor that asks for a gradient) is a Node without ``vjp``; ``grad`` is where its gradient is added up.
     """
 
     __slots__ = ("grad", "name", "parents", "saved", "vjp")
@@ -42,6 +42,7 @@ class Tensor:
     """
 
     __slots__ = ("data", "node")
+    __array_ufunc__ = None  # array + Tensor is the Tensor's affair, not one object for each entry
 
     def __init__(self, data, requires_grad=False, node=None):
         if isinstance(data, list | tuple | float):
@@ -76,13 +77,18 @@ class Operation:
         self.Need = namedtuple("Need", [p.name for p in params if p.kind is p.POSITIONAL_OR_KEYWORD])
 
     def __call__(self, *tensors, **constants) -> Tensor:
-        """Raises InputError where dtypes or libraries differ, and whatever forward says of shapes."""
+        """Raises InputError where dtypes or libraries differ, or shapes do not fit."""
         given = [t for t in tensors if t is not None]
         array_module(*(t.data for t in given))
         if len({t.dtype for t in given}) > 1:
             raise InputError(f"{self.name}: all inputs need one dtype, got {', '.join(str(t.dtype) for t in given)}")
         need = self.Need(*(t is not None and t.requires_grad and _recording.get() for t in tensors))
-        y, saved = self.forward(need, *(None if t is None else t.data for t in tensors), **constants)
+        try:
+            y, saved = self.forward(need, *(None if t is None else t.data for t in tensors), **constants)
+        except InputError:
+            raise
+        except ValueError as error:  # the array library's word on shapes and axes
+            raise InputError(f"{self.name}: {error}") from error
         return record(self.name, y, saved, lambda dy, saved: self.backward(need, dy, saved), tensors)
 
 
@@ -139,26 +145,22 @@ def backward(loss: Tensor, dy=None) -> None:
     order = nodes_of(loss)
     if any(node.vjp is _spent for node in order):
         raise RuntimeError("backward went through this graph before and freed it; run the forward pass again")
-    _add_grad(loss.node, dy)
+    arriving = {loss.node: dy}  # gradients are added, never assigned: a tensor that is used twice receives twice
     while order:
         node = order.pop()
-        if node.vjp is None:  # a leaf keeps its gradient
+        dy = arriving.pop(node, None)
+        if node.vjp is None:  # a leaf, whose gradient outlives the pass and so may share memory with no other
+            node.grad = array_module(dy).array(dy) if node.grad is None else _added(node.grad, dy)
             continue
-        grads = node.vjp(node.grad, node.saved)
-        for parent, grad in zip(node.parents, grads, strict=True):
+        for parent, grad in zip(node.parents, node.vjp(dy, node.saved), strict=True):
             if parent is not None:
-                _add_grad(parent, grad)
-        node.vjp, node.saved, node.parents, node.grad = _spent, None, (), None
+                arriving[parent] = arriving[parent] + grad if parent in arriving else grad
+        node.vjp, node.saved, node.parents = _spent, None, ()
 
 
-def _add_grad(node, grad):
-    """Gradients are added, never assigned: a tensor that is used twice receives twice."""
-    if node.vjp is None and node.grad is not None:
-        node.grad += grad  # a leaf's own buffer
-    elif node.vjp is None:
-        node.grad = grad.copy()  # a leaf outlives the pass: it must not share memory with another gradient
-    else:
-        node.grad = grad if node.grad is None else node.grad + grad
+def _added(buffer, grad):
+    buffer += grad
+    return buffer
 
 
 def _spent(dy, saved):

@@ -121,6 +121,10 @@ class GPT(Module):
 
     def loss(self, ids, targets, rng=None) -> Tensor:
         """Mean cross-entropy in nats per token; ids and targets (B, T), a target of -100 does not count."""
+        if targets.shape != ids.shape:
+            raise InputError(
+                f"GPT: ids have shape {ids.shape}, targets {targets.shape}; a target for each id is wanted"
+            )
         logits = self(ids, rng)
         return cross_entropy(logits, targets=to_device(targets, array_module(logits.data)).ravel())
 
@@ -131,7 +135,9 @@ class GPT(Module):
         read again and sampling goes on. ``rng``: a NumPy Generator or a seed.
         Raises InputError for n < 1, a negative temperature, or top_k outside 1 … vocab_size.
         """
-        if ids.ndim == 2 and ids.shape[1] == 0:
+        if ids.ndim != 2:
+            raise InputError(f"generate: ids have shape {ids.shape}; expected (batch, time)")
+        if ids.size == 0:
             raise InputError("generate: the prompt is empty; give at least one token to go on from")
         if n < 1:
             raise InputError(f"generate: n is {n}; ask for at least one token")
@@ -160,4 +166,6 @@ def sample(logits, temperature, top_k, rng):
         kth = np.partition(logits, -top_k, axis=1)[:, -top_k, None]
         logits = np.where(logits < kth, -np.inf, logits)
     # Gumbel-max: the largest of logits / temperature + Gumbel noise is a draw from their softmax.
-    return (logits / temperature + rng.gumbel(size=logits.shape)).argmax(axis=1)
+    with np.errstate(over="ignore"):  # at a temperature near 0 all but the best become −∞, which is right
+        scaled = (logits - logits.max(axis=1, keepdims=True)) / temperature
+    return (scaled + rng.gumbel(size=logits.shape)).argmax(axis=1)

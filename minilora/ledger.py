@@ -35,13 +35,21 @@ def ledger(result: Tensor, model=None) -> list[Entry]:
     seen = {id(owner(p.data)) for _, p in model.named_parameters()} if model is not None else set()
     entries = []
     for node in nodes_of(result):
-        for name, value in (node.saved or {}).items():
-            if not hasattr(value, "nbytes") or not getattr(value, "shape", ()):
-                continue  # a number or a shape, not an array
+        for name, value in arrays_of(node.saved):
             array = owner(value)
             entries.append(Entry(node.name, name, value.shape, 0 if id(array) in seen else array.nbytes))
             seen.add(id(array))
     return entries
+
+
+def arrays_of(saved) -> list[tuple]:
+    """(name, array) for each array among what a node saved; numbers and shapes are left out."""
+    found = []
+    for name, value in (saved or {}).items():
+        for item in value if isinstance(value, tuple) else [value]:
+            if hasattr(item, "nbytes") and getattr(item, "shape", ()):
+                found.append((name, item))
+    return found
 
 
 def kept_bytes(result: Tensor, model=None) -> int:

@@ -20,8 +20,9 @@ def linear_forward(need, x, W, b):
     F1  y = x Wᵀ + b                                   (N, d_out)
     Kept: x only where W is trained; W, which is a parameter and costs nothing.
     """
-    if x.ndim != 2 or x.shape[1] != W.shape[1]:
-        raise InputError(f"linear: x has shape {x.shape}, W {W.shape}; x must be (N, {W.shape[1]})")
+    if x.ndim != 2 or W.ndim != 2 or x.shape[1] != W.shape[1] or (b is not None and b.shape != W.shape[:1]):
+        shapes = f"x has shape {x.shape}, W {W.shape}, b {None if b is None else b.shape}"
+        raise InputError(f"linear: {shapes}; they must be (N, d_in), (d_out, d_in) and (d_out,)")
     y = x @ W.T
     if b is not None:
         y += b  # F1
@@ -73,7 +74,7 @@ def layer_norm_forward(need, x, g, b, *, eps=1e-5):
     x_hat *= r  # F2
     y = x_hat * g
     y += b  # F3
-    return y, {"x_hat": x_hat, "r": r, "g": g}
+    return y, {"x_hat": x_hat if need.x or need.g else None, "r": r if need.x else None, "g": g if need.x else None}
 
 
 def layer_norm_backward(need, dy, saved):
@@ -82,11 +83,11 @@ def layer_norm_backward(need, dy, saved):
     B3  dg = Σ_N dy ∘ x̂                               g is used once by every row
     B4  db = Σ_N dy
     """
-    dx_hat = dy * saved.g  # B1
     dg = (dy * saved.x_hat).sum(axis=0) if need.g else None  # B3
     db = dy.sum(axis=0) if need.b else None  # B4
     if not need.x:
         return None, dg, db
+    dx_hat = dy * saved.g  # B1
     projection = saved.x_hat * (dx_hat * saved.x_hat).mean(axis=1, keepdims=True)
     dx = saved.r * (dx_hat - dx_hat.mean(axis=1, keepdims=True) - projection)  # B2
     return dx, dg, db
@@ -104,14 +105,23 @@ def gelu_forward(need, x):
     B1  dy/dx = (1 + t) / 2 + x/2 (1 − t²) c (1 + 3 k x²)    the product rule on F2, tanh' = 1 − tanh²
     Kept: dy/dx, since t is at hand here: one array instead of two, and one tanh instead of two.
     """
-    xx = x * x
-    t = array_module(x).tanh(x * (GELU_SCALE + (GELU_SCALE * GELU_CUBIC) * xx))  # F1
-    half = 0.5 * t + 0.5  # (1 + t) / 2
-    y = x * half  # F2
-    if not need.x:
-        return y, {}
-    slope = half + y * (1.0 - t) * (GELU_SCALE + (3.0 * GELU_SCALE * GELU_CUBIC) * xx)  # B1, since x/2 (1 + t) = y
+    xp = array_module(x)
+    y, slope = xp.empty_like(x), xp.empty_like(x) if need.x else None
+    for rows in row_blocks(x):  # the temporaries of a block stay in the cache
+        xb = x[rows]
+        xx = xb * xb
+        t = xp.tanh(xb * (GELU_SCALE + (GELU_SCALE * GELU_CUBIC) * xx))  # F1
+        half = 0.5 * t + 0.5  # (1 + t) / 2
+        y[rows] = xb * half  # F2
+        if need.x:  # x/2 (1 + t) = y
+            slope[rows] = half + y[rows] * (1.0 - t) * (GELU_SCALE + (3.0 * GELU_SCALE * GELU_CUBIC) * xx)  # B1
     return y, {"slope": slope}
+
+
+def row_blocks(x, numbers=32768):
+    """Slices over the rows of x, each of about ``numbers`` entries."""
+    step = max(1, numbers // max(1, math.prod(x.shape[1:])))
+    return [slice(start, start + step) for start in range(0, len(x), step)]
 
 
 def gelu_backward(need, dy, saved):
@@ -129,22 +139,24 @@ def attention_forward(need, q, k, v, *, batch, heads):
     Kept: q, k, v, P.
     """
     xp = array_module(q)
-    if q.ndim != 2 or k.shape != v.shape or q.shape[1] != k.shape[1] or q.shape[1] % heads or len(q) > len(k):
-        raise InputError(
-            f"attention: q {q.shape}, k {k.shape}, v {v.shape}, {heads} heads; k and v need one shape, "
-            "q their width, a multiple of heads, and no more rows"
-        )
-    if len(q) % batch or len(k) % batch:
-        raise InputError(f"attention: {len(q)} and {len(k)} rows do not divide into a batch of {batch}")
-    qh, kh, vh = (split_heads(a, batch, heads) for a in (q, k, v))
-    P = (qh * (1.0 / math.sqrt(qh.shape[-1]))) @ kh.swapaxes(-1, -2)
-    P += causal_mask(xp, P)  # F1
-    P -= P.max(axis=-1, keepdims=True)  # softmax is the same for a shifted row, and exp cannot overflow
-    xp.exp(P, out=P)
-    P /= P.sum(axis=-1, keepdims=True)  # F2
-    y = xp.empty_like(q)
-    xp.matmul(P, vh, out=split_heads(y, batch, heads))  # F3
-    return y, {"q": q, "k": k, "v": v, "P": P, "batch": batch}
+    if q.ndim != 2 or k.ndim != 2 or k.shape != v.shape or q.shape[1] != k.shape[1] or len(q) > len(k):
+        shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+        raise InputError(f"attention: {shapes}; all need one width, k and v one length, and q no more rows than they")
+    if batch < 1 or heads < 1 or len(q) % batch or len(k) % batch or q.shape[1] % heads:
+        rows = f"{len(q)} and {len(k)} rows do not divide into a batch of {batch}"
+        raise InputError(f"attention: {rows}, or a width of {q.shape[1]} not into {heads} heads")
+    Tq, T, y = len(q) // batch, len(k) // batch, xp.empty_like(q)
+    P, mask = xp.empty((batch, heads, Tq, T), q.dtype), causal_mask(xp, Tq, T, q.real.dtype)
+    qh, kh, vh, yh = (split_heads(a, batch, heads) for a in (q, k, v, y))
+    scale = 1.0 / math.sqrt(qh.shape[-1])
+    for i, S in enumerate(P):  # one sample at a time: its (heads, Tq, T) arrays stay in the cache
+        xp.matmul(scale * qh[i], kh[i].swapaxes(-1, -2), out=S)
+        S += mask  # F1
+        S -= S.max(axis=-1, keepdims=True)  # softmax is the same for a shifted row, and exp cannot overflow
+        xp.exp(S, out=S)
+        S /= S.sum(axis=-1, keepdims=True)  # F2
+        xp.matmul(S, vh[i], out=yh[i])  # F3
+    return y, {"q": q, "k": k, "v": v, "P": P}
 
 
 def attention_backward(need, dy, saved):
@@ -154,17 +166,19 @@ def attention_backward(need, dy, saved):
     B4  dq = dS k / √e                    through F1
     B5  dk = dSᵀ q / √e
     """
-    xp, batch, heads = array_module(dy), saved.batch, saved.P.shape[1]
+    xp, (batch, heads) = array_module(dy), saved.P.shape[:2]
     q, k, v, do = (split_heads(a, batch, heads) for a in (saved.q, saved.k, saved.v, dy))
+    grads = [xp.empty_like(a) for a in (saved.q, saved.k, saved.v)]
+    dq, dk, dv = (split_heads(a, batch, heads) for a in grads)
     scale = 1.0 / math.sqrt(q.shape[-1])
-    dq, dk, dv = (xp.empty_like(a) for a in (saved.q, saved.k, saved.v))
-    xp.matmul(saved.P.swapaxes(-1, -2), do, out=split_heads(dv, batch, heads))  # B1
-    dS = do @ v.swapaxes(-1, -2)  # B2
-    dS -= (dS * saved.P).sum(axis=-1, keepdims=True)
-    dS *= saved.P  # B3
-    xp.matmul(dS, k * scale, out=split_heads(dq, batch, heads))  # B4
-    xp.matmul(dS.swapaxes(-1, -2), q * scale, out=split_heads(dk, batch, heads))  # B5
-    return dq, dk, dv
+    for i, P in enumerate(saved.P):  # one sample at a time: its (heads, T, T) arrays stay in the cache
+        xp.matmul(P.swapaxes(-1, -2), do[i], out=dv[i])  # B1
+        dS = do[i] @ v[i].swapaxes(-1, -2)  # B2
+        dS -= (dS * P).sum(axis=-1, keepdims=True)
+        dS *= P  # B3
+        xp.matmul(dS, scale * k[i], out=dq[i])  # B4
+        xp.matmul(dS.swapaxes(-1, -2), scale * q[i], out=dk[i])  # B5
+    return tuple(grad if wanted else None for grad, wanted in zip(grads, need, strict=True))
 
 
 def split_heads(a, batch, heads):
@@ -172,10 +186,9 @@ def split_heads(a, batch, heads):
     return a.reshape(batch, -1, heads, a.shape[1] // heads).transpose(0, 2, 1, 3)
 
 
-def causal_mask(xp, S):
-    """0 where query i may see key j, −∞ where j is later; the last query is at the last key's position."""
-    Tq, T = S.shape[-2:]
-    return xp.triu(xp.full((Tq, T), -math.inf, S.real.dtype), k=1 + T - Tq)
+def causal_mask(xp, Tq, T, dtype):
+    """(Tq, T): 0 where query i may see key j, −∞ where j is later; the last query is at the last key's position."""
+    return xp.triu(xp.full((Tq, T), -math.inf, dtype), k=1 + T - Tq)
 
 
 def cross_entropy_forward(need, logits, *, targets, ignore_index=IGNORE_INDEX):

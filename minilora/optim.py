@@ -48,6 +48,7 @@ class Optimizer:
         with np.errstate(over="ignore"):  # an overflow is reported below, in words
             norm = math.sqrt(float(self.grad @ self.grad))
         if not math.isfinite(norm):
+            self.grad.fill(0.0)  # so that training may go on, with another batch or a lower rate
             raise TrainingStopped(f"the gradient's norm is {norm}; lower the learning rate or clip the gradient")
         if self.clip is not None and norm > self.clip:
             self.grad *= self.clip / norm

@@ -110,3 +110,87 @@ def _bars(axes, names, values, title, unit, log=False):
     axes.set_xlim(right=max(values) * (6 if log else 1.28))
     for i, value in enumerate(values):
         axes.annotate(f"{value:,.4g}", (value, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=10)
+
+
+def sweep(rows):
+    """The figure of ``minilora sweep``: held-out loss against learning rate, the mean and the range over seeds.
+
+    ``rows`` are the lines of a sweep's file. With one rank and alpha, each method has a panel and the others are grey
+    behind it; otherwise each rank and alpha has one, with all methods that were swept there.
+    """
+    from matplotlib import rc_context
+
+    from .sweep import curves
+
+    found = curves(rows)
+    names, panels = list(dict.fromkeys(name for name, *_ in found)), _sweep_panels(found)
+    single = all(len(shown) == 1 for shown in panels.values())
+    measured = [row for row in rows if "loss_b" in row] or [{"loss_b": 0.0, "loss_b_before": 1.0}]
+    least, before = min(row["loss_b"] for row in measured), max(row["loss_b_before"] for row in measured)
+    columns = min(len(panels), 4 if len(panels) > 9 or len(panels) in (7, 8) else 3 if len(panels) != 4 else 2)
+    lines = -(-len(panels) // columns)
+    with rc_context(STYLE):
+        figure = new_figure(10.5, 1.2 + lines * (2.1 if single else 3.2))
+        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+        grid[0].set(xscale="log", ylim=(least - 0.06 * (before - least), before))
+        for i, (axes, (title, shown)) in enumerate(zip(grid, panels.items(), strict=False)):
+            for curve in found.values() if single else ():
+                _rate_curve(axes, curve, before, color="#d4d4d4", linewidth=1)
+            for name, curve in shown.items():
+                _rate_curve(axes, curve, before, name, linewidth=2, **look(names.index(name)))
+            axes.set_title(title)
+            axes.tick_params(labelbottom=i + columns >= len(panels))  # the lowest of each column, in a short row too
+        _rate_ticks(grid[0], sorted({row["lr"] for row in rows}))
+        for axes in grid[len(panels) :]:
+            axes.remove()
+        if not single:
+            figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper", fontsize=10)
+        figure.supylabel("held-out loss, nats per character", fontsize=11)
+        figure.supxlabel(
+            f"learning rate\nLine: mean over {len({row['seed'] for row in rows})} seeds, band: their range, star: the "
+            f"best rate, after {rows[0]['steps']} steps. A cross at the top:\na seed diverged, or the mean is above "
+            f"{before:.2f}, the loss before tuning.",
+            fontsize=9.5, color="#444444",
+        )  # fmt: skip
+    return figure
+
+
+def _sweep_panels(found) -> dict:
+    """{title: {method: curve}}, by rank and alpha; None, which stands for "has none", goes with every value."""
+    goes_with = lambda a, b: all(x is None or x == y for x, y in zip(a, b, strict=True))
+    settings = list(dict.fromkeys(of[1:] for of in found))
+    settings = [s for s in settings if not any(s != other and goes_with(s, other) for other in settings)]
+    if len(settings) == 1:
+        return {of[0]: {of[0]: curve} for of, curve in found.items()}
+    title = lambda s: ", ".join(f"{k} = {v:g}" for k, v in zip(("r", "alpha"), s, strict=True) if v is not None)
+    return {title(s): {of[0]: c for of, c in found.items() if goes_with(of[1:], s)} for s in settings}
+
+
+def _rate_curve(axes, curve, top, label=None, **style):
+    """One method's losses by rate, cut off at ``top``; with a ``label`` also the range, the star and the crosses."""
+    from .sweep import best
+
+    rates = list(curve)
+    means = [min(top, sum(losses) / len(losses)) for losses in curve.values()]
+    axes.plot(rates, means, label=label, **style)
+    if label is None:
+        return
+    low, high = ([min(top, end(losses)) for losses in curve.values()] for end in (min, max))
+    axes.fill_between(rates, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    marks = {"color": style["color"], "linestyle": "", "zorder": 4, "clip_on": False}
+    axes.plot(rates, means, marker="o", markersize=3.5, **{**marks, "clip_on": True})
+    out = [rate for rate, mean in zip(rates, means, strict=True) if mean == top]
+    if out:  # the layout cannot take an empty line that is not clipped
+        axes.plot(out, [top] * len(out), marker="X", markersize=8, markeredgecolor="white", **marks)
+    star = best(curve)[1]
+    if star not in out:
+        axes.plot(star, means[rates.index(star)], marker="*", markersize=14, markeredgecolor="white", **marks)
+
+
+def _rate_ticks(axes, rates):
+    """A tick at each rate; at most four of them have labels, so that these do not touch."""
+    from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
+
+    labelled = rates[:: -(-len(rates) // 4)]
+    axes.xaxis.set(major_locator=FixedLocator(labelled), minor_locator=FixedLocator(rates))
+    axes.xaxis.set(major_formatter=FixedFormatter([f"{rate:g}" for rate in labelled]), minor_formatter=NullFormatter())

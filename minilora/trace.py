@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .engine import backward, nodes_of
-from .ledger import owner
+from .ledger import arrays_of, owner
 
 
 @dataclass
@@ -36,7 +36,7 @@ def trace(model, ids, targets) -> list[Step]:
     for node in nodes_of(loss):
         if node.vjp is None:
             continue
-        arrays = {k: v for k, v in node.saved.items() if hasattr(v, "nbytes") and getattr(v, "shape", ())}
+        arrays = dict(arrays_of(node.saved))
         owners = {id(owner(a)): owner(a).nbytes for a in arrays.values()}
         layers = {names[id(p)].partition(".arrays.")[0] for p in node.parents if id(p) in names}
         kept = sum(size for key, size in owners.items() if key not in seen)

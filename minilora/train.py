@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from .backend import keep_heap
@@ -68,7 +69,7 @@ def train(
     check_positive(zero_allowed=True, warmup=warmup, floor=floor)
     keep_heap()
     history, peak, batches = History(), optimizer.lr, iter(batches)
-    with progress_bar(steps, label, progress) as bar:
+    with progress_bar(steps, label, progress) as bar, restored_rate(optimizer):
         for step in range(steps):
             ids, targets = next(batches, (None, None))
             if ids is None:
@@ -91,8 +92,17 @@ def train(
             bar.set_postfix_str(f"loss {loss:.3f}, {ids.size / history.seconds[-1]:,.0f} tok/s", refresh=False)
             if callback is not None:
                 callback(step, history)
-    optimizer.lr = peak
     return history
+
+
+@contextmanager
+def restored_rate(optimizer):
+    """The schedule changes ``optimizer.lr``; afterwards it is the caller's again, however the run ended."""
+    peak = optimizer.lr
+    try:
+        yield
+    finally:
+        optimizer.lr = peak
 
 
 def training_step(model, optimizer, ids, targets, rng=None, history=None):

@@ -1,0 +1,382 @@
+"""What is saved is loaded to the bit, and a file that is wrong in any way is one clear error and changes nothing.
+These tests exist because weights are hours of work: a half-written file or a silent mismatch would lose them.
+"""
+
+import gc
+import json
+import os
+import zipfile
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from minilora import checkpoint, methods
+from minilora.adapter import adapt, adapted_layers, merge_and_unload
+from minilora.checkpoint import (
+    fingerprint,
+    load_adapter,
+    load_model,
+    save_adapter,
+    save_model,
+    writable_folder,
+    write_atomically,
+)
+from minilora.engine import no_grad
+from minilora.errors import InputError
+from minilora.gpt import GPT, GPTConfig
+from minilora.optim import AdamW
+from minilora.train import train
+
+TINY = GPTConfig(vocab_size=11, n_positions=8, n_embd=16, n_layer=2, n_head=2)
+IDS = np.random.default_rng(0).integers(0, 11, (2, 6))
+
+
+def base(seed=0, dtype=np.float32) -> GPT:
+    """A model whose every array is random: gains and biases too."""
+    model, rng = GPT(TINY, seed, dtype), np.random.default_rng(seed)
+    for _, p in model.named_parameters():
+        p.data[:] = rng.normal(0.0, 0.3, p.shape)
+    return model
+
+
+def trained(name, steps=3) -> GPT:
+    model = adapt(base(), name, verbose=False, **methods.known(name, r=2))
+    train(model, AdamW(model.trainable(), lr=0.01), iter([(IDS, IDS[:, ::-1])] * steps), steps)
+    return model
+
+
+def logits(model):
+    with no_grad():
+        return model(IDS).data
+
+
+def state(model):
+    """Everything that a failed load could have changed."""
+    return {name: (p.requires_grad, p.data.copy()) for name, p in model.named_parameters()}
+
+
+def assert_untouched(model, before):
+    after = state(model)
+    assert list(after) == list(before)
+    for name, (requires_grad, array) in before.items():
+        assert after[name][0] == requires_grad
+        np.testing.assert_array_equal(after[name][1], array)
+
+
+# -------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_model_comes_back_to_the_bit(tmp_path, dtype):
+    model, path = base(dtype=dtype), tmp_path / "model.npz"
+    save_model(path, model)
+    loaded = load_model(path)
+    assert loaded.config == model.config
+    for (name, a), (other, b) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert name == other and a.dtype == b.dtype and b.requires_grad
+        np.testing.assert_array_equal(a.data, b.data)
+    np.testing.assert_array_equal(logits(loaded), logits(model))
+    assert fingerprint(loaded) == fingerprint(model)
+
+
+def test_a_model_file_needs_numpy_alone_and_no_pickle(tmp_path):
+    save_model(tmp_path / "model.npz", base())
+    with np.load(tmp_path / "model.npz", allow_pickle=False) as file:
+        assert json.loads(str(file["config"]))["n_embd"] == 16
+        np.testing.assert_array_equal(file["blocks.1.q.W"], base().blocks[1].q.W.data)
+
+
+def test_a_loaded_model_trains(tmp_path):
+    save_model(tmp_path / "model.npz", base())
+    model = load_model(tmp_path / "model.npz")
+    train(model, AdamW(model.trainable(), lr=0.01), iter([(IDS, IDS)]), 1)
+    assert not np.array_equal(model.tokens.data, base().tokens.data)
+
+
+def test_a_path_may_be_text(tmp_path):
+    save_model(str(tmp_path / "model.npz"), base())
+    np.testing.assert_array_equal(logits(load_model(str(tmp_path / "model.npz"))), logits(base()))
+
+
+def test_a_merged_model_is_a_model_again(tmp_path):
+    model = merge_and_unload(trained("lora"))
+    save_model(tmp_path / "model.npz", model)
+    np.testing.assert_array_equal(logits(load_model(tmp_path / "model.npz")), logits(model))
+
+
+def test_an_adapted_model_is_not_saved_as_a_model(tmp_path):
+    """load_model() could not read it, and the training would be lost."""
+    with pytest.raises(InputError, match="adapter"):
+        save_model(tmp_path / "model.npz", trained("lora"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def arrays_of(path):
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
+
+
+def spoil_model(**changes):
+    """A change of some arrays of a model file: None takes one away."""
+
+    def spoil(path):
+        arrays = arrays_of(path) | {name.replace("__", "."): a for name, a in changes.items()}
+        np.savez(path, **{name: a for name, a in arrays.items() if a is not None})
+
+    return spoil
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    """Every bit of the compressed data of one member, as a bad disk might."""
+    with zipfile.ZipFile(path) as file:
+        member = file.getinfo("blocks.0.up.W.npy")
+    raw = bytearray(path.read_bytes())
+    start = member.header_offset + 30 + len(member.filename)
+    for i in range(start, start + 200):
+        raw[i] ^= 255
+    path.write_bytes(raw)
+
+
+def an_npy_file(path):
+    with open(path, "wb") as file:
+        np.save(file, np.ones(3))
+
+
+BAD_MODELS = {
+    "missing": (lambda path: path.unlink(), "there is no model file"),
+    "a directory": (lambda path: (path.unlink(), path.mkdir()), "is not a model file"),
+    "garbage": (lambda path: path.write_bytes(b"no model at all"), "is not a model file"),
+    "empty": (lambda path: path.write_bytes(b""), "is not a model file"),
+    "truncated": (cut, "is not a model file"),
+    "flipped bits": (flip, "is not a model file"),
+    "an .npy file": (an_npy_file, "is not a model file"),
+    "an empty zip": (lambda path: zipfile.ZipFile(path, "w").close(), "holds no model configuration"),
+    "pickle": (spoil_model(tokens=np.array([None])), "is not a model file"),
+    "no configuration": (spoil_model(config=None), "holds no model configuration"),
+    "configuration is no JSON": (spoil_model(config="{"), "holds no model configuration"),
+    "configuration is a list": (spoil_model(config="[1]"), "holds no model configuration"),
+    "unknown size": (spoil_model(config='{"n_heads": 2}'), "holds no model configuration"),
+    "impossible size": (spoil_model(config='{"n_head": 0}'), "n_head is 0"),
+    "array missing": (spoil_model(blocks__1__q__W=None), 'there is no array "blocks.1.q.W"'),
+    "array too many": (
+        spoil_model(norm__gg=np.ones(3)),
+        r'array "norm.gg" belongs to no parameter \(did you mean "norm.g"\?\)',
+    ),
+    "array of another shape": (
+        spoil_model(norm__g=np.ones(4, np.float32)),
+        r'array "norm.g" is float32\(4,\); expected float32\(16,\)',
+    ),
+    "array of integers": (spoil_model(norm__g=np.ones(16, int)), r'array "norm.g" is int64\(16,\); expected'),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_a_bad_model_file_is_one_error_that_names_it(tmp_path, name):
+    spoil, message = BAD_MODELS[name]
+    path = tmp_path / "model.npz"
+    save_model(path, base())
+    spoil(path)
+    with pytest.raises(InputError, match=message) as caught:
+        load_model(path)
+    assert str(path) in str(caught.value) or name == "impossible size"
+    del caught
+    gc.collect()  # a file that was left open would warn here
+
+
+# -------------------------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_an_adapter_comes_back_to_the_bit(tmp_path, name):
+    model, path = trained(name), tmp_path / "adapter.safetensors"
+    save_adapter(path, model, fingerprint(base()))
+    loaded = load_adapter(path, base())
+    np.testing.assert_array_equal(logits(loaded), logits(model))
+    assert not np.array_equal(logits(loaded), logits(base()))
+    layers, others = adapted_layers(model), adapted_layers(loaded)
+    assert list(layers) == list(others)
+    for where, layer in layers.items():
+        assert others[where].method == layer.method
+        assert list(others[where].p) == list(layer.p)
+        assert all(np.array_equal(others[where].p[k], a) for k, a in layer.p.items())
+    assert list(loaded.trainable()) == list(model.trainable())
+
+
+def test_method_options_and_layers_come_back_too(tmp_path):
+    model = adapt(base(), "lora", ["blocks.1.q", "down"], verbose=False, r=3, alpha=0.1)
+    save_adapter(tmp_path / "a", model, fingerprint(base()))
+    layers = adapted_layers(load_adapter(tmp_path / "a", base()))
+    assert list(layers) == ["blocks.0.down", "blocks.1.q", "blocks.1.down"]
+    assert {(layer.method.r, layer.method.alpha) for layer in layers.values()} == {(3, 0.1)}
+
+
+def test_an_adapter_file_holds_no_base_weights(tmp_path):
+    save_adapter(tmp_path / "a", trained("lora"), fingerprint(base()))
+    with safe_open(tmp_path / "a", framework="numpy") as file:
+        assert set(file.keys()) == {
+            f"blocks.{i}.{layer}.arrays.{name}"
+            for i in range(2)
+            for layer in ("q", "k", "v", "o", "up", "down")
+            for name in "AB"
+        }
+
+
+def test_a_model_without_adapter_has_none_to_save(tmp_path):
+    with pytest.raises(InputError, match=r"no adapter; call adapt\(\) first"):
+        save_adapter(tmp_path / "a", base(), fingerprint(base()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_fingerprint_tells_models_apart():
+    one, other = base(), base()
+    assert fingerprint(one) == fingerprint(other)
+    other.blocks[1].up.b.data[3] = np.nextafter(other.blocks[1].up.b.data[3], np.float32(np.inf))  # the last bit
+    assert fingerprint(one) != fingerprint(other)
+    assert len(fingerprint(one)) == 64
+
+
+def spoil_adapter(metadata=None, **changes):
+    def spoil(path):
+        with safe_open(path, framework="numpy") as file:
+            arrays, notes = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+        arrays |= {name.replace("__", "."): a for name, a in changes.items()}
+        notes = {k: v for k, v in (notes | (metadata or {})).items() if v is not None}
+        save_file({name: a for name, a in arrays.items() if a is not None}, path, notes)
+
+    return spoil
+
+
+A = "blocks__1__q__arrays__A"
+BAD_ADAPTERS = {
+    "missing": (lambda path: path.unlink(), "there is no adapter file"),
+    "a directory": (lambda path: (path.unlink(), path.mkdir()), "is not an adapter file"),
+    "garbage": (lambda path: path.write_bytes(b"no adapter at all"), "is not an adapter file"),
+    "empty": (lambda path: path.write_bytes(b""), "is not an adapter file"),
+    "truncated": (cut, "is not an adapter file"),
+    "a model": (lambda path: save_model(path, base()), "is not an adapter file"),
+    "foreign safetensors": (spoil_adapter({"format": "pt"}), "but not one that save_adapter"),
+    "another base": (spoil_adapter({"base": fingerprint(base(seed=1))}), "was trained on another base model"),
+    "no base": (spoil_adapter({"base": None}), "adapter"),
+    "no options": (spoil_adapter({"options": None}), "adapter"),
+    "options are no JSON": (spoil_adapter({"options": "{"}), "adapter"),
+    "unknown method": (spoil_adapter({"method": "lorra"}), 'unknown method "lorra"'),
+    "unknown option": (spoil_adapter({"options": '{"rank": 2}'}), 'lora has no option "rank"'),
+    "unknown layer": (spoil_adapter({"layers": '["blocks.9.q"]'}), "blocks.9.q"),
+    "array missing": (spoil_adapter(**{A: None}), 'there is no array "blocks.1.q.arrays.A"'),
+    "array too many": (
+        spoil_adapter(blocks__1__q__arrays__C=np.ones(3)),
+        'array "blocks.1.q.arrays.C" belongs to no parameter',
+    ),
+    "array of another shape": (
+        spoil_adapter(**{A: np.ones((3, 16), np.float32)}),
+        r'array "blocks.1.q.arrays.A" is float32\(3, 16\); expected float32\(2, 16\)',
+    ),
+    "array of integers": (spoil_adapter(**{A: np.ones((2, 16), int)}), r'array "blocks.1.q.arrays.A" is int64'),
+    "base weight in it": (
+        spoil_adapter(blocks__1__q__base__W=np.ones((16, 16), np.float32)),
+        'array "blocks.1.q.base.W" belongs to no parameter',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ADAPTERS)
+def test_a_bad_adapter_file_is_one_error_that_names_it_and_changes_nothing(tmp_path, name):
+    spoil, message = BAD_ADAPTERS[name]
+    path, model = tmp_path / "adapter.safetensors", base()
+    save_adapter(path, trained("lora"), fingerprint(model))
+    spoil(path)
+    before = state(model)
+    with pytest.raises(InputError, match=message) as caught:
+        load_adapter(path, model)
+    assert_untouched(model, before)
+    if name not in ("unknown method", "unknown option", "unknown layer"):
+        assert str(path) in str(caught.value)
+
+
+def test_after_a_bad_file_the_good_one_still_loads(tmp_path):
+    good, bad, model = tmp_path / "good", tmp_path / "bad", base()
+    for path in (good, bad):
+        save_adapter(path, trained("lora"), fingerprint(model))
+    spoil_adapter(**{A: None})(bad)
+    with pytest.raises(InputError):
+        load_adapter(bad, model)
+    np.testing.assert_array_equal(logits(load_adapter(good, model)), logits(trained("lora")))
+
+
+def test_another_base_model_is_refused(tmp_path):
+    path, other = tmp_path / "adapter.safetensors", base(seed=1)
+    save_adapter(path, trained("lora"), fingerprint(base()))
+    before = state(other)
+    with pytest.raises(InputError, match="was trained on another base model"):
+        load_adapter(path, other)
+    assert_untouched(other, before)
+
+
+# -------------------------------------------------------------------------------- writing
+
+
+def interrupted(*_):
+    raise OSError("disk full")
+
+
+@pytest.mark.parametrize("save", [save_model, lambda path, model: save_adapter(path, trained("lora"), "0" * 64)])
+@pytest.mark.parametrize("step", ["replace", "fsync"])
+def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, save, step):
+    path = tmp_path / "weights"
+    save(path, base())
+    old = path.read_bytes()
+    monkeypatch.setattr(os, step, interrupted)
+    with pytest.raises(OSError, match="disk full"):
+        save(path, base(seed=1))
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_save_replaces_the_old_file(tmp_path):
+    path = tmp_path / "model.npz"
+    for seed in (0, 1):
+        save_model(path, base(seed))
+    np.testing.assert_array_equal(logits(load_model(path)), logits(base(seed=1)))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_target_is_never_open_half_written(tmp_path, monkeypatch):
+    """Until the rename, the new bytes are under another name in the same folder."""
+    path, seen, replace = tmp_path / "file", [], os.replace
+    path.write_bytes(b"old")
+
+    def watch(source, target):
+        seen.append((target, source.parent, source.read_bytes(), path.read_bytes()))
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", watch)
+    write_atomically(path, b"new")
+    assert seen == [(path, tmp_path, b"new", b"old")]
+    assert path.read_bytes() == b"new"
+
+
+def test_a_folder_is_made_and_left_empty(tmp_path):
+    folder = tmp_path / "a" / "b"
+    assert writable_folder(str(folder)) == folder
+    assert folder.is_dir() and list(folder.iterdir()) == []
+    assert writable_folder(folder) == folder
+
+
+@pytest.mark.parametrize("below", ["", "sub", "sub/sub"])
+def test_a_folder_at_or_below_a_file_is_one_clear_error(tmp_path, below):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(InputError, match=r"cannot write to the folder .*file.*choose another with --out"):
+        writable_folder(tmp_path / "file" / below)
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_a_folder_without_permission_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.Path, "touch", lambda self: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    with pytest.raises(InputError, match=r"cannot write to the folder .*: denied"):
+        writable_folder(tmp_path)

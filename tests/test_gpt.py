@@ -1,0 +1,364 @@
+"""The tiny GPT sees no later token, starts as a uniform guess, and its gradient is right in every parameter.
+These tests exist because each layer can be right while their wiring is not: a mask, a tied head, a stale cache.
+"""
+
+import math
+
+import numpy as np
+import pytest
+
+from minilora import ops
+from minilora.adapter import adapt, adapted_layers
+from minilora.engine import Tensor, backward, no_grad
+from minilora.errors import InputError
+from minilora.gpt import GPT, GPTConfig, sample
+from minilora.gradcheck import check_model
+from minilora.nn import Linear, Module, Parameter
+
+TINY = GPTConfig(vocab_size=7, n_positions=6, n_embd=8, n_layer=2, n_head=2)
+
+
+def model(config=TINY, rng=0, dtype=np.float32) -> GPT:
+    return GPT(config, rng, dtype)
+
+
+def lively(config=TINY, rng=0, dtype=np.float64) -> GPT:
+    """A model far from its small initial weights, so that no gradient and no preference is near zero."""
+    gpt, rng = GPT(config, rng, dtype), np.random.default_rng(rng)
+    for name, p in gpt.named_parameters():
+        gain = name.endswith(".g")
+        p.data[:] = rng.normal(1.0 if gain else 0.0, 0.1 if gain else 0.3, p.shape)
+    return gpt
+
+
+def random_ids(*shape, seed=0, vocab=TINY.vocab_size):
+    return np.random.default_rng(seed).integers(0, vocab, shape)
+
+
+def logits(gpt, ids, rng=None):
+    with no_grad():
+        return gpt(ids, rng).data
+
+
+# -------------------------------------------------------------------------------- forward
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("batch", "time"), [(1, 1), (3, 4), (2, 6)])
+def test_ids_become_one_row_of_logits_per_token(batch, time, dtype):
+    y = model(dtype=dtype)(random_ids(batch, time))
+    assert y.shape == (batch * time, TINY.vocab_size)
+    assert y.dtype == dtype
+
+
+def test_parameters_have_the_shapes_and_paths_of_gpt2():
+    shapes = {name: p.shape for name, p in model().named_parameters()}
+    d, block = TINY.n_embd, "blocks.1"
+    assert shapes["tokens"] == (7, d) and shapes["positions"] == (6, d)
+    assert shapes[f"{block}.q.W"] == shapes[f"{block}.k.W"] == shapes[f"{block}.v.W"] == (d, d)
+    assert shapes[f"{block}.up.W"] == (4 * d, d) and shapes[f"{block}.down.W"] == (d, 4 * d)
+    assert shapes[f"{block}.up.b"] == (4 * d,) and shapes["norm.g"] == (d,)
+    assert len(shapes) == 2 + TINY.n_layer * (6 * 2 + 2 * 2) + 2  # linears and norms; the head is tied: no own array
+
+
+def test_the_forward_pass_by_numpy_alone():
+    """One block written out again, without the package's operations."""
+    gpt, ids = lively(GPTConfig(7, 6, 8, 1, 2)), random_ids(2, 5)
+    p = {name: a.data for name, a in gpt.named_parameters()}
+
+    def norm(x, g, b):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * g + b
+
+    def layer(x, name):
+        return x @ p[f"blocks.0.{name}.W"].T + p[f"blocks.0.{name}.b"]
+
+    for row, sequence in enumerate(ids):
+        x = p["tokens"][sequence] + p["positions"][:5]
+        h = norm(x, p["blocks.0.norm1.g"], p["blocks.0.norm1.b"])
+        heads = []
+        for q, k, v in zip(*(np.split(layer(h, name), 2, axis=1) for name in "qkv"), strict=True):
+            weights = np.tril(np.exp(q @ k.T / math.sqrt(4)))
+            heads.append(weights / weights.sum(axis=1, keepdims=True) @ v)
+        x = x + layer(np.concatenate(heads, axis=1), "o")
+        u = layer(norm(x, p["blocks.0.norm2.g"], p["blocks.0.norm2.b"]), "up")
+        x = x + layer(u / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))), "down")
+        expected = norm(x, p["norm.g"], p["norm.b"]) @ p["tokens"].T
+        np.testing.assert_allclose(logits(gpt, ids)[5 * row : 5 * row + 5], expected, rtol=1e-11, atol=1e-12)
+
+
+def test_a_fresh_model_guesses_uniformly():
+    """Logits are products of a normalised row (length √d) with embeddings of deviation 0.02, so of deviation
+    s = 0.02 √d. Their log-sum-exp is ln V, plus s²/2, plus the own token's share: its embedding is about 1/√2 of the
+    row before the norm, which lifts its logit to about 0.02 d / √2. The sampled mean over N targets moves by s / √N.
+    """
+    config = GPTConfig(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    N, s, own = 8 * 32, 0.02 * math.sqrt(16), 0.02 * 16 / math.sqrt(2)
+    tolerance = s**2 / 2 + math.expm1(2 * own) / 50 + 4 * s / math.sqrt(N)
+    assert tolerance < 0.05 * math.log(50)
+    ids, targets = random_ids(8, 32, vocab=50), random_ids(8, 32, seed=1, vocab=50)
+    assert abs(float(model(config).loss(ids, targets).data) - math.log(50)) < tolerance
+
+
+def test_no_logit_depends_on_a_later_token():
+    gpt, ids = lively(), random_ids(2, 6)
+    before = logits(gpt, ids).reshape(2, 6, -1)
+    for t in range(1, 6):
+        changed = ids.copy()
+        changed[:, t] = (changed[:, t] + 1) % TINY.vocab_size
+        after = logits(gpt, changed).reshape(2, 6, -1)
+        np.testing.assert_array_equal(after[:, :t], before[:, :t])
+        assert (after[:, t:] != before[:, t:]).any(axis=-1).all()  # and each later one does depend on it
+
+
+def test_sequences_of_a_batch_do_not_see_each_other():
+    gpt, ids = lively(), random_ids(3, 5)
+    together = logits(gpt, ids).reshape(3, 5, -1)
+    for row in range(3):
+        np.testing.assert_allclose(logits(gpt, ids[row : row + 1]), together[row], rtol=1e-12, atol=1e-13)
+
+
+def test_loss_is_the_cross_entropy_of_the_logits():
+    gpt, ids, targets = lively(), random_ids(2, 4), random_ids(2, 4, seed=1)
+    targets[0, 1] = ops.IGNORE_INDEX
+    expected = ops.cross_entropy(Tensor(logits(gpt, ids)), targets=targets.ravel())
+    assert gpt.loss(ids, targets).data == expected.data
+
+
+def test_a_seed_is_a_model():
+    same, other = model(rng=3), model(rng=4)
+    for (name, a), (_, b), (_, c) in zip(*(m.named_parameters() for m in (model(rng=3), same, other)), strict=True):
+        np.testing.assert_array_equal(a.data, b.data)
+        assert name.endswith((".g", ".b")) or not np.array_equal(a.data, c.data)
+
+
+# -------------------------------------------------------------------------------- gradients
+
+
+def test_gradient_of_every_parameter():
+    gpt = lively(GPTConfig(7, 6, 8, 1, 2))
+    targets = random_ids(2, 4, seed=1)
+    targets[1, 2] = ops.IGNORE_INDEX
+    report = check_model(gpt, random_ids(2, 4), targets)
+    assert {row.array for row in report.rows} == set(gpt.trainable())
+    assert {row.method for row in report.rows} == {"central", "complex"}
+    assert report, report
+
+
+def test_gradient_of_every_adapter_array_in_place():
+    gpt = adapt(lively(), "lora", r=2, verbose=False)
+    rng = np.random.default_rng(5)
+    for layer in adapted_layers(gpt).values():
+        layer.arrays.B.data[:] = rng.normal(0.0, 0.3, layer.arrays.B.shape)  # off the point where B = 0 hides dA
+    report = check_model(gpt, random_ids(2, 4), random_ids(2, 4, seed=1))
+    assert {row.array for row in report.rows} == {
+        f"blocks.{i}.{layer}.arrays.{name}"
+        for i in range(2)
+        for layer in ("q", "k", "v", "o", "up", "down")
+        for name in "AB"
+    }
+    assert report, report
+
+
+def test_the_tied_embedding_receives_from_both_its_uses(monkeypatch):
+    ids, targets = random_ids(2, 4), random_ids(2, 4, seed=1)
+    tied, untied = lively(), lively()
+    table = Parameter(untied.tokens.data.copy())  # the same numbers, as a parameter of their own
+    look_up = lambda t, *, ids: ops.embedding(table if t is untied.tokens else t, ids=ids)
+    backward(tied.loss(ids, targets))
+    monkeypatch.setattr("minilora.gpt.embedding", look_up)
+    backward(untied.loss(ids, targets))
+    assert np.abs(table.grad).max() > 0.01 and np.abs(untied.tokens.grad).max() > 0.01
+    np.testing.assert_allclose(tied.tokens.grad, table.grad + untied.tokens.grad, rtol=1e-12, atol=1e-15)
+
+
+# -------------------------------------------------------------------------------- dropout
+
+DROPPING = GPTConfig(vocab_size=7, n_positions=6, n_embd=8, n_layer=2, n_head=2, dropout=0.3)
+
+
+def test_dropout_is_applied_only_with_a_generator():
+    ids = random_ids(2, 5)
+    plain, dropping = lively(), lively(DROPPING)
+    np.testing.assert_array_equal(logits(plain, ids), logits(dropping, ids))
+    np.testing.assert_array_equal(logits(plain, ids), logits(plain, ids, np.random.default_rng(1)))
+    assert not np.array_equal(logits(dropping, ids), logits(dropping, ids, np.random.default_rng(1)))
+
+
+def test_dropout_is_reproducible_from_its_seed():
+    gpt, ids = lively(DROPPING), random_ids(2, 5)
+    first, again, other = (logits(gpt, ids, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_dropout_is_drawn_for_the_embedding_and_twice_in_each_block(monkeypatch):
+    drawn = []
+
+    def spy(x, *, p, rng):
+        drawn.append((x.shape, p))
+        return ops.dropout(x, p=p, rng=rng)
+
+    monkeypatch.setattr("minilora.gpt.dropout", spy)
+    logits(model(DROPPING), random_ids(2, 5), np.random.default_rng(0))
+    assert drawn == [((10, 8), 0.3)] * (1 + 2 * TINY.n_layer)
+
+
+# -------------------------------------------------------------------------------- sampling
+
+
+def greedy(gpt, ids, n):
+    """Without a cache: the whole forward pass again for each token."""
+    start = ids.shape[1]
+    for _ in range(n):
+        last = logits(gpt, ids).reshape(*ids.shape, -1)[:, -1]
+        ids = np.concatenate([ids, last.argmax(axis=1)[:, None]], axis=1)
+    return ids[:, start:]
+
+
+@pytest.mark.parametrize("start", [1, 3])
+def test_cached_sampling_equals_the_full_forward_pass(start):
+    gpt, ids = lively(), random_ids(3, start)
+    n = TINY.n_positions - start  # as far as the context goes
+    new = gpt.generate(ids, n, temperature=0.0)
+    assert new.shape == (3, n)
+    np.testing.assert_array_equal(new, greedy(gpt, ids, n))
+
+
+def test_cached_sampling_equals_the_full_forward_pass_with_an_adapter():
+    gpt = adapt(lively(), "lora", r=2, verbose=False)
+    for layer in adapted_layers(gpt).values():
+        layer.arrays.B.data[:] = np.random.default_rng(6).normal(0.0, 0.3, layer.arrays.B.shape)
+    ids = random_ids(2, 2)
+    np.testing.assert_array_equal(gpt.generate(ids, 4, temperature=0.0), greedy(gpt, ids, 4))
+
+
+def test_sampling_goes_on_past_the_context_from_its_later_half():
+    gpt, ids = lively(), random_ids(2, 4)
+    new = gpt.generate(ids, 12, temperature=0.0)
+    text = np.concatenate([ids, new], axis=1)
+    start, length = 0, 4  # what the model has read before it writes the next token
+    for t in range(4, 16):
+        expected = greedy(gpt, text[:, start:t], 1)[:, 0]
+        np.testing.assert_array_equal(text[:, t], expected)
+        length += 1
+        if length > TINY.n_positions:  # full: read the later half again, the new token included
+            start, length = t + 1 - TINY.n_positions // 2, TINY.n_positions // 2
+    assert start > 4
+
+
+def test_a_prompt_longer_than_the_context_counts_by_its_end():
+    gpt, ids = lively(), random_ids(2, 9)
+    first = gpt.generate(ids, 1, temperature=0.0)
+    np.testing.assert_array_equal(first, greedy(gpt, ids[:, -TINY.n_positions :], 1))
+
+
+def test_a_context_of_one_token():
+    gpt, ids = lively(GPTConfig(7, 1, 8, 1, 2)), random_ids(2, 1)
+    text = np.concatenate([ids, gpt.generate(ids, 3, temperature=0.0)], axis=1)
+    for t in range(3):
+        np.testing.assert_array_equal(text[:, t + 1], greedy(gpt, text[:, t : t + 1], 1)[:, 0])
+
+
+def test_a_seed_is_a_text():
+    gpt, ids = lively(), random_ids(2, 2)
+    first, again, other = (gpt.generate(ids, 20, rng=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    np.testing.assert_array_equal(first, gpt.generate(ids, 20, rng=np.random.default_rng(1)))
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"temperature": 1e-6}, {"temperature": 1e-40}])
+def test_one_candidate_or_no_temperature_is_greedy(options):
+    gpt, ids = lively(dtype=np.float32), random_ids(2, 2)
+    new = gpt.generate(ids, 8, rng=1, **options)
+    np.testing.assert_array_equal(new, gpt.generate(ids, 8, temperature=0.0))
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 3)])
+def test_tokens_are_drawn_from_the_softmax(temperature, top_k):
+    row, n = np.array([1.0, 0.0, -1.0, 2.0, 0.5]), 20_000
+    weights = np.exp(row / temperature) * (row >= np.sort(row)[-(top_k or 5)])
+    p = weights / weights.sum()
+    drawn = sample(np.tile(row, (n, 1)), temperature, top_k, np.random.default_rng(0))
+    share = np.bincount(drawn, minlength=5) / n
+    assert (np.abs(share - p) <= 4 * np.sqrt(p * (1 - p) / n)).all()
+
+
+def test_sampling_records_nothing():
+    gpt = lively()
+    gpt.generate(random_ids(1, 2), 3)
+    assert all(p.grad is None for p in gpt.trainable().values())
+
+
+# -------------------------------------------------------------------------------- what is refused
+
+MISTAKES = {
+    "too long": (lambda gpt: gpt(random_ids(2, 7)), "a sequence of 7 tokens is longer than the context, 6"),
+    "too large": (lambda gpt: gpt(np.array([[0, 7]])), "GPT: ids run from 0 to 7; they must lie in 0 … 6"),
+    "negative": (lambda gpt: gpt(np.array([[-1, 3]])), "GPT: ids run from -1 to 3"),
+    "one axis": (lambda gpt: gpt(np.array([0, 1])), r"ids have shape \(2,\); expected \(batch, time\)"),
+    "no token": (lambda gpt: gpt(np.zeros((2, 0), int)), r"ids have shape \(2, 0\)"),
+    "no sequence": (lambda gpt: gpt(np.zeros((0, 2), int)), r"ids have shape \(0, 2\)"),
+    "float": (lambda gpt: gpt(np.array([[0.0, 1.0]])), "GPT: ids must be integers, got float64"),
+    "targets: float": (lambda gpt: gpt.loss(random_ids(2, 3), np.zeros((2, 3))), "ids must be integers"),
+    "targets: count": (lambda gpt: gpt.loss(random_ids(2, 3), random_ids(2, 4)), r"targets"),
+    "targets: turned": (lambda gpt: gpt.loss(random_ids(2, 3), random_ids(3, 2)), r"targets"),
+    "generate: n": (lambda gpt: gpt.generate(random_ids(1, 2), 0), "generate: n is 0"),
+    "generate: one axis": (lambda gpt: gpt.generate(np.array([0, 1]), 2), r"\(2,\)"),
+    "generate: no token": (lambda gpt: gpt.generate(np.zeros((1, 0), int), 2), "generate: the prompt is empty"),
+    "generate: too large": (lambda gpt: gpt.generate(np.array([[7]]), 2), "GPT: ids run from 7 to 7"),
+    "generate: float": (lambda gpt: gpt.generate(np.array([[1.0]]), 2), "GPT: ids must be integers"),
+    "temperature": (lambda gpt: gpt.generate(random_ids(1, 2), 2, temperature=-1.0), "temperature is -1.0"),
+    "temperature nan": (lambda gpt: gpt.generate(random_ids(1, 2), 2, temperature=math.nan), "temperature is nan"),
+    "temperature inf": (lambda gpt: gpt.generate(random_ids(1, 2), 2, temperature=math.inf), "temperature is inf"),
+    "top_k 0": (lambda gpt: gpt.generate(random_ids(1, 2), 2, top_k=0), "top_k is 0; it must lie in 1 … 7"),
+    "top_k 8": (lambda gpt: gpt.generate(random_ids(1, 2), 2, top_k=8), "top_k is 8"),
+    "device": (lambda gpt: gpt.to("tpu"), 'unknown device "tpu"'),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_named(name):
+    f, message = MISTAKES[name]
+    with pytest.raises(InputError, match=message):
+        f(model())
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, "2", None])
+def test_a_size_is_a_positive_integer(field, value):
+    with pytest.raises(InputError, match=f"GPTConfig: {field} is {value!r}"):
+        GPTConfig(**{field: value})
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, math.nan])
+def test_dropout_is_a_probability_below_one(dropout):
+    with pytest.raises(InputError, match=f"GPTConfig: dropout is {dropout}"):
+        GPTConfig(dropout=dropout)
+
+
+def test_heads_divide_the_width():
+    with pytest.raises(InputError, match="n_embd 128 is not a multiple of n_head 3"):
+        GPTConfig(n_head=3)
+
+
+# -------------------------------------------------------------------------------- modules
+
+
+def test_parameters_are_found_in_order_and_modules_by_path():
+    class Pair(Module):
+        def __init__(self):
+            self.layers = [Linear(np.ones((2, 3)), np.zeros(2)), Linear(np.ones((1, 2)))]
+            self.scale, self.note = Parameter(np.ones(1)), "no parameter"
+
+    pair = Pair()
+    assert [name for name, _ in pair.named_parameters()] == ["layers.0.W", "layers.0.b", "layers.1.W", "scale"]
+    assert dict(pair.named_modules()) == {"layers.0": pair.layers[0], "layers.1": pair.layers[1]}
+
+
+def test_frozen_parameters_are_listed_but_not_trainable():
+    gpt = model()
+    gpt.blocks[0].freeze()
+    names = [name for name, _ in gpt.named_parameters()]
+    assert list(gpt.trainable()) == [name for name in names if not name.startswith("blocks.0.")]
+    assert gpt.to("cpu") is gpt

@@ -1,0 +1,70 @@
+"""README.md says what is true: its code runs, its table is the registry's, its figures are the model's."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minilora
+from minilora.catalogue import catalogue, markdown
+from minilora.compare import Task
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_methods_is_the_registry_s():
+    table = re.search(r"<!-- methods -->\n(.*)\n<!-- /methods -->", README, re.DOTALL)[1]
+    assert table == markdown(catalogue())
+
+
+def test_the_method_shown_is_the_method_file():
+    block = re.search(r"```python\n(def forward.*?)```", README, re.DOTALL)[1]
+    source = (ROOT / "minilora/methods/lora.py").read_text()
+    indented = "".join(f"    {line}".rstrip() + "\n" for line in block.splitlines())
+    assert indented in source
+
+
+def test_the_python_example_runs(capsys):
+    block = re.search(r"```python\n(import numpy.*?)```", README, re.DOTALL)[1]
+    exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    before, after = map(float, re.search(r"loss (\S+) → (\S+),", printed).groups())
+    assert after < before
+
+
+def test_links_lead_to_files():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(links) > 10
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+def test_every_command_named_exists(capsys):
+    from minilora.cli import main
+
+    for command in set(re.findall(r"^\| `minilora (\w+)", README, re.MULTILINE)):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+
+
+def test_the_shipped_model_is_as_good_as_it_says():
+    stated = re.search(r"held-out loss of (\d\.\d+) nats per character \(\*Macbeth\*", README)[1]
+    assert Task().losses(minilora.pretrained())[0] == pytest.approx(float(stated), abs=0.006)
+    assert sum(p.data.size for _, p in minilora.pretrained().named_parameters()) == pytest.approx(0.8e6, rel=0.05)
+
+
+def test_what_freezing_does_to_a_da_is_true():
+    """The README's sentence: at B = 0 a dA that is seven times too large passes."""
+    from minilora.engine import Saved
+    from minilora.gradcheck import check_method
+
+    class Wrong(minilora.methods.get("lora")):
+        def backward(self, dy, saved, W, p):
+            dx, grads = super().backward(dy, Saved(saved), W, p)
+            return dx, {**grads, "A": 7 * grads["A"]}
+
+    assert check_method(Wrong(r=3), at_init=True) and not check_method(Wrong(r=3))
+    assert np.isfinite(check_method(Wrong(r=3)).worst_error)

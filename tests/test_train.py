@@ -1,0 +1,284 @@
+"""The training loop lowers the loss, is the same to the bit for the same seed, and stops before it spoils weights.
+These tests exist because a long run is worth nothing if it cannot be repeated, or ends in NaN without a word.
+"""
+
+import itertools
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from minilora import train as package_train
+from minilora.adapter import adapt
+from minilora.engine import Tensor, backward, record
+from minilora.errors import InputError, TrainingStopped
+from minilora.gpt import GPT, GPTConfig
+from minilora.ledger import kept_bytes
+from minilora.nn import Module, Parameter
+from minilora.optim import SGD, AdamW, warmup_cosine
+from minilora.train import evaluate, progress_bar, train, training_step
+
+pytestmark = pytest.mark.quick
+
+TINY = GPTConfig(vocab_size=7, n_positions=8, n_embd=16, n_layer=1, n_head=2, dropout=0.1)
+
+
+def counting(seed=0, batch=4, time=8, by=1):
+    """Endless batches of a task that can be learnt exactly: each token is the one before plus ``by``, modulo 7."""
+    rng = np.random.default_rng(seed)
+    while True:
+        text = (rng.integers(0, 7, (batch, 1)) + by * np.arange(time + 1)) % 7
+        yield text[:, :-1], text[:, 1:]
+
+
+class Line(Module):
+    """y = w · x, with the mean squared error: small enough to follow by hand. Its batches are (x (B, 2), y (B,))."""
+
+    def __init__(self):
+        self.w = Parameter(np.zeros(2))
+        self.steps_seen = 0
+
+    def loss(self, x, y, rng=None):
+        error = (Tensor(x) * self.w).sum(axis=1) - Tensor(y)
+        return (error * error).sum() / len(y)
+
+    def after_step(self):
+        self.steps_seen += 1
+
+
+def points(n=1000, batch=3, bad=None, seed=0):
+    """``n`` batches of the line y = 2 x₀ − x₁; batch number ``bad`` has a target that is not finite."""
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        x = rng.standard_normal((batch, 2))
+        yield x, x @ [2.0, -1.0] + (math.inf if i == bad else 0.0)
+
+
+def weights(model):
+    return {name: p.data.copy() for name, p in model.named_parameters()}
+
+
+# -------------------------------------------------------------------------------- what training does
+
+
+def test_a_tiny_task_is_learnt_and_then_another_by_an_adapter():
+    guess, val = math.log(7), lambda by: itertools.islice(counting(seed=1, by=by), 3)
+    model = GPT(TINY)
+    train(model, AdamW(model.trainable(), lr=0.03), counting(by=1), steps=60, warmup=5)
+    assert evaluate(model, val(1)) < 0.2 * guess
+    assert evaluate(model, val(2)) > guess  # the other task is not learnt yet
+    adapt(model, "lora", verbose=False, r=4)
+    train(model, AdamW(model.trainable(), lr=0.03), counting(by=2), steps=60, warmup=5)
+    assert evaluate(model, val(2)) < 0.2 * guess
+
+
+def test_the_line_by_hand():
+    model, history = Line(), []
+    w = np.zeros(2)
+    for step, (x, y) in enumerate(points(5)):  # gradient descent, written out
+        error = x @ w - y
+        gradient = 2.0 * error @ x / len(y)
+        rate = warmup_cosine(step, 5, 0.1, warmup=2, floor=0.2)
+        history.append(((error**2).mean(), rate, math.sqrt(gradient @ gradient)))
+        w = w - rate * gradient
+    recorded = train(model, SGD(model.trainable(), lr=0.1), points(), steps=5, warmup=2, floor=0.2)
+    np.testing.assert_allclose(model.w.data, w, rtol=1e-12)
+    actual = list(zip(recorded.loss, recorded.lr, recorded.grad_norm, strict=True))
+    np.testing.assert_allclose(actual, history, rtol=1e-12)
+    assert model.steps_seen == 5  # after_step runs once for each step
+    assert len(recorded.seconds) == 5 and recorded.tokens_per_step == 6
+
+
+def test_the_same_seed_gives_the_same_weights_to_the_bit():
+    def run(seed):
+        model = adapt(GPT(TINY), "lora", verbose=False, r=2, seed=seed)
+        optimizer = AdamW(model.trainable(), lr=0.01)
+        history = train(model, optimizer, counting(seed), steps=6, rng=np.random.default_rng(seed))
+        return weights(model), history.loss
+
+    (first, loss), (again, loss_again), (other, _) = run(1), run(1), run(2)
+    assert loss == loss_again
+    assert all(np.array_equal(first[k], again[k]) for k in first)
+    assert not np.array_equal(first["blocks.0.q.arrays.B"], other["blocks.0.q.arrays.B"])
+
+
+def test_dropout_is_drawn_from_the_generator_that_train_is_given():
+    losses = []
+    for rng in (None, np.random.default_rng(1), np.random.default_rng(2)):
+        model = GPT(TINY)
+        losses.append(train(model, SGD(model.trainable(), lr=0.01), counting(), steps=1, rng=rng).loss[0])
+    assert len(set(losses)) == 3
+
+
+def test_two_half_batches_at_half_weight_equal_one_batch():
+    ids, targets = next(counting(batch=6))
+    grads = []
+    for parts in (1, 2):
+        model = GPT(TINY, dtype=np.float64)
+        AdamW(model.trainable(), lr=0.01)  # gradients go to its flat buffer
+        for half in np.split(np.arange(6), parts):
+            backward(model.loss(ids[half], targets[half]), np.asarray(1.0 / parts))
+        grads.append({name: p.grad.copy() for name, p in model.trainable().items()})
+    for name, whole in grads[0].items():
+        assert np.abs(whole - grads[1][name]).max() <= 1e-12 * max(np.abs(g).max() for g in grads[0].values()), name
+
+
+def test_kept_bytes_are_those_of_the_first_step():
+    model, batch = GPT(TINY), next(counting())
+    expected = kept_bytes(model.loss(*batch), model)
+    history = train(model, SGD(model.trainable(), lr=0.01), itertools.repeat(batch), steps=2)
+    assert history.kept_bytes == expected > 0
+
+
+def test_history_gives_the_median_step_and_the_throughput():
+    model = Line()
+    history = train(model, SGD(model.trainable(), lr=0.1), points(), steps=3)
+    history.seconds[:] = [9.0, 0.5, 0.25]
+    assert history.seconds_per_step == 0.5
+    assert history.tokens_per_second == 6 / 0.5
+
+
+def test_the_callback_sees_each_step_and_the_history_so_far():
+    model, seen = Line(), []
+    callback = lambda step, history: seen.append((step, len(history.loss), model.w.data.copy()))
+    train(model, SGD(model.trainable(), lr=0.1), points(), steps=3, callback=callback)
+    assert [(step, n) for step, n, _ in seen] == [(0, 1), (1, 2), (2, 3)]
+    np.testing.assert_array_equal(seen[-1][2], model.w.data)  # after the step
+    assert not np.array_equal(seen[0][2], seen[1][2])
+
+
+def test_package_names_the_same_function():
+    assert package_train is train
+
+
+# -------------------------------------------------------------------------------- what stops it
+
+
+@pytest.mark.parametrize("bad", [0, 3])
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(bad):
+    good, model = Line(), Line()
+    if bad:
+        peak = SGD(good.trainable(), lr=0.1)
+        for step, batch in enumerate(points(bad)):
+            peak.lr = warmup_cosine(step, 5, 0.1)
+            training_step(good, peak, *batch)
+    with pytest.raises(TrainingStopped, match=f"stopped at step {bad + 1} of 5: the loss is inf") as caught:
+        train(model, SGD(model.trainable(), lr=0.1), points(bad=bad), steps=5)
+    np.testing.assert_array_equal(model.w.data, good.w.data)
+    assert model.steps_seen == bad
+    assert "last good step" in str(caught.value)
+
+
+class Cliff(Line):
+    """A finite loss whose gradient is not, from its third step on."""
+
+    def loss(self, x, y, rng=None):
+        loss = super().loss(x, y)
+        factor = math.nan if self.steps_seen >= 2 else 1.0
+        return record("cliff", loss.data, {}, lambda dy, saved: (dy * factor,), [loss])
+
+
+def test_a_gradient_that_is_not_finite_stops_with_the_last_good_weights():
+    model, after = Cliff(), []
+    with pytest.raises(TrainingStopped, match="stopped at step 3 of 9: the gradient's norm is nan"):
+        train(model, SGD(model.trainable(), lr=0.1), points(), 9, callback=lambda *_: after.append(model.w.data.copy()))
+    assert len(after) == model.steps_seen == 2
+    np.testing.assert_array_equal(model.w.data, after[-1])
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_batches_that_end_early_are_an_error(n):
+    model = Line()
+    with pytest.raises(InputError, match=f"the batches ended after {n} of 5 steps"):
+        train(model, SGD(model.trainable(), lr=0.1), points(n), steps=5)
+    assert model.steps_seen == n
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_at_least_one_step(steps):
+    model = Line()
+    with pytest.raises(InputError, match=f"train: steps is {steps}"):
+        train(model, SGD(model.trainable(), lr=0.1), points(), steps=steps)
+
+
+@pytest.mark.parametrize("options", [{"warmup": -1}, {"floor": -0.1}, {"floor": math.nan}])
+def test_a_schedule_out_of_range_is_refused(options):
+    model, ((name, value),) = Line(), options.items()
+    with pytest.raises(InputError, match=f"{name} is {value}"):
+        train(model, SGD(model.trainable(), lr=0.1), points(), steps=2, **options)
+
+
+def test_the_learning_rate_is_the_users_again_after_the_run():
+    model = Line()
+    optimizer = SGD(model.trainable(), lr=0.1)
+    train(model, optimizer, points(), steps=4, warmup=2)
+    assert optimizer.lr == 0.1
+
+
+@pytest.mark.parametrize("stop", [{"n": 2}, {"bad": 2}], ids=["ended early", "not finite"])
+def test_the_learning_rate_is_the_users_again_after_a_run_that_stopped(stop):
+    """Else the next run would take a rate of the half-finished schedule for its peak."""
+    model = Line()
+    optimizer = SGD(model.trainable(), lr=0.1)
+    with pytest.raises((InputError, TrainingStopped)):
+        train(model, optimizer, points(**stop), steps=5, warmup=5)
+    assert optimizer.lr == 0.1
+
+
+def test_training_goes_on_after_a_stop():
+    model = Cliff()
+    optimizer = SGD(model.trainable(), lr=0.1)
+    with pytest.raises(TrainingStopped):
+        train(model, optimizer, points(), steps=5)
+    model.steps_seen = -100  # back from the cliff
+    assert len(train(model, optimizer, points(), steps=5).loss) == 5
+
+
+# -------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_weights_each_batch_by_its_size():
+    model = Line()
+    model.w.data[:] = [1.0, 1.0]
+    batches = [*points(1, batch=4), *points(2, batch=2, seed=1)]
+    errors = np.concatenate([x @ [1.0, 1.0] - y for x, y in batches])
+    assert evaluate(model, batches) == pytest.approx((errors**2).mean(), rel=1e-12)
+
+
+def test_evaluation_records_nothing_and_drops_nothing():
+    model, batches = GPT(TINY), list(itertools.islice(counting(), 2))
+    before = weights(model)
+    assert evaluate(model, batches) == evaluate(model, batches)
+    assert all(p.grad is None for p in model.trainable().values())
+    assert all(np.array_equal(p.data, before[name]) for name, p in model.named_parameters())
+    assert type(evaluate(model, iter(batches))) is float
+
+
+def test_evaluation_of_nothing_is_an_error():
+    with pytest.raises(InputError, match="no batches"):
+        evaluate(Line(), [])
+
+
+# -------------------------------------------------------------------------------- the progress bar
+
+
+def test_the_bar_is_silent_where_the_output_is_no_terminal(capsys):
+    model = Line()
+    train(model, SGD(model.trainable(), lr=0.1), points(), steps=3)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_bar_shows_itself_on_request(capsys):
+    model = Line()
+    train(model, SGD(model.trainable(), lr=0.1), points(), steps=3, label="a line", progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "a line" in err and "/3" in err
+
+
+def test_the_bar_shows_itself_on_a_terminal(monkeypatch):
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        with progress_bar(3, "label") as bar:
+            assert bar.disable is not terminal
