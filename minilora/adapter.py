@@ -16,6 +16,8 @@ from .backend import array_module, to_device, to_host
 from .engine import Saved, Tensor, is_recording, record
 from .errors import InputError
 from .nn import Linear, Module, Parameter
+from .shortcut import shortcut
+from .thin import plain, rows
 
 
 @dataclass(frozen=True)
@@ -119,19 +121,23 @@ class AdaptedLinear(Module):
         if x.data.ndim != 2 or x.shape[1] != W.shape[1] or x.dtype != W.dtype:
             raise InputError(f"{method.name}: x is {x.dtype}{x.shape}; this layer takes {W.dtype} (N, {W.shape[1]})")
         array_module(x.data, W)
+        # With many rows, one product by the merged weight is less work than the method's own two: see shortcut.py.
+        short = shortcut(method) if len(x.data) >= max(W.shape) else None
         if self.merged is not None:
             if is_recording():
                 raise RuntimeError("this layer is merged and would not train; call unmerge(model) first")
             y, saved = x.data @ self.merged.T, {}
         else:
-            y, saved = method.forward(x.data, W, p)
+            y, saved = (short or method).forward(rows(x.data), W, p)
+            y, saved = plain(y), {name: plain(array) for name, array in saved.items()}
         if self.base.b is not None:
             y += self.base.b.data
-        trained = self.arrays.trainable()
+        trained, need_dx = self.arrays.trainable(), x.requires_grad
 
         def vjp(dy, saved):
-            dx, grads = method.backward(dy, saved, W, p)
-            return dx, *(grads[name] for name in trained)
+            dy, saved = rows(dy), Saved((name, rows(array)) for name, array in saved.items())
+            dx, grads = short.backward(dy, saved, W, p, need_dx) if short else method.backward(dy, saved, W, p)
+            return plain(dx), *(plain(grads[name]) for name in trained)
 
         return record(method.name, y, saved, vjp, [x, *trained.values()])
 

@@ -6,6 +6,7 @@ The base model has read Shakespeare in modern spelling (text A). It is tuned on 
 
 import json
 import platform
+from dataclasses import asdict
 from datetime import date
 from importlib import resources
 
@@ -83,17 +84,18 @@ def tune(task: Task, method, steps, lr, batch, seed, progress=None):
 
 
 def compare(
-    names=None, steps=200, seed=0, device="cpu", r=8, alpha=16.0, out="compare", lr=None, batch=8, base=None,
+    names=None, steps=150, seed=0, device="cpu", r=None, alpha=None, out="compare", lr=None, batch=8, base=None,
     progress=None, report=print,
 ) -> dict:  # fmt: skip
     """Fine-tune with every method of ``names`` (all by default); write compare.json, .md and .png into ``out``.
 
-    ``r`` and ``alpha`` go to each method that has them; ``lr`` replaces the recorded learning rates. Returns what
-    compare.json holds: ``settings``, ``rows`` (with ROW_KEYS), ``curves`` and ``samples`` by method.
-    Raises InputError, before anything is trained or written, for any input that cannot be used.
+    ``r`` and ``alpha`` go to each method that has them, instead of its default, and ``lr`` replaces the recorded
+    learning rates. Returns what compare.json holds: ``settings``, ``rows`` (with ROW_KEYS), and by method ``curves``
+    and ``samples``. Raises InputError, before anything is trained or written, for any input that cannot be used.
     """
     names = methods.names() if names is None else list(dict.fromkeys(names))
-    chosen = [methods.create(n, **methods.known(n, r=r, alpha=alpha)) for n in names]
+    given = {key: value for key, value in {"r": r, "alpha": alpha}.items() if value is not None}
+    chosen = [methods.create(n, **methods.known(n, **given)) for n in names]
     check_positive(zero_allowed=False, steps=steps, batch=batch, **({} if lr is None else {"lr": lr}))
     if not names:
         raise InputError(f"compare: no method was named; there are {', '.join(methods.names())}")
@@ -118,7 +120,8 @@ def compare(
 
     result = {
         "settings": {
-            "r": r, "alpha": alpha, "batch": batch, "context": task.model.config.n_positions, "device": device,
+            "options": {m.name: asdict(m) for m in chosen}, "batch": batch,
+            "context": task.model.config.n_positions, "device": device,
             "learning_rates": {n: learning_rate(n) if lr is None else lr for n in names},
             "prompt": PROMPT, "date": date.today().isoformat(),
             "python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine(),
@@ -168,7 +171,11 @@ def side_by_side(left_title, left, right_title, right, width=58) -> str:
 def page(result: dict) -> str:
     """compare.md: the table, how to read it, and a sample of text from each model."""
     s, samples = result["settings"], result["samples"]
-    rates = ", ".join(f"{name} {rate:g}" for name, rate in s["learning_rates"].items())
+    number = lambda v: f"{v:g}" if isinstance(v, float) else str(v)
+    rates = "; ".join(
+        ", ".join([f"{name} lr {rate:g}", *(f"{k} {number(v)}" for k, v in s["options"][name].items())])
+        for name, rate in s["learning_rates"].items()
+    )
     lines = [
         "# One model, one text, every method",
         "",
@@ -178,9 +185,10 @@ def page(result: dict) -> str:
         "of 1623, on which it is tuned. Loss is in nats per character on Macbeth, which is held out of both: lower",
         "on B is learning, higher on A is forgetting. Kept: what backward needs. ms/step: median of a whole step.",
         "",
-        f"{result['rows'][0]['steps']} steps of {s['batch']} × {s['context']} characters, r = {s['r']}, alpha = "
-        f"{s['alpha']:g}, seed {result['rows'][0]['seed']}, {s['device']}, {s['date']}, Python {s['python']}, "
-        f"NumPy {s['numpy']}. Learning rates: {rates}.",
+        f"{result['rows'][0]['steps']} steps of {s['batch']} × {s['context']} characters, seed "
+        f"{result['rows'][0]['seed']}, {s['device']}, {s['date']}, Python {s['python']}, NumPy {s['numpy']}.",
+        "",
+        f"Settings: {rates}.",
         "",
         "![Comparison of the methods](compare.png)",
         "",

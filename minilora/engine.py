@@ -135,6 +135,15 @@ def backward(loss: Tensor, dy=None) -> None:
     ``dy`` is the gradient that arrives at ``loss``, of its shape; 1 for a scalar.
     Raises InputError for a loss without a graph or that is no scalar, RuntimeError for a second pass.
     """
+    for leaf, grad in gradients(loss, dy).items():
+        if leaf.grad is None:
+            leaf.grad = array_module(grad).array(grad)  # a copy: what outlives the pass shares memory with no other
+        else:
+            leaf.grad += grad
+
+
+def gradients(loss: Tensor, dy=None) -> dict[Node, object]:
+    """What backward() adds, by leaf, without adding it: passes that run side by side can be summed afterwards."""
     if loss.node is None:
         raise InputError("backward: no input of this result has requires_grad=True, so there is no gradient to compute")
     if dy is None and loss.shape != ():
@@ -145,22 +154,18 @@ def backward(loss: Tensor, dy=None) -> None:
     order = nodes_of(loss)
     if any(node.vjp is _spent for node in order):
         raise RuntimeError("backward went through this graph before and freed it; run the forward pass again")
-    arriving = {loss.node: dy}  # gradients are added, never assigned: a tensor that is used twice receives twice
+    arriving, leaves = {loss.node: dy}, {}
     while order:
         node = order.pop()
-        dy = arriving.pop(node, None)
-        if node.vjp is None:  # a leaf, whose gradient outlives the pass and so may share memory with no other
-            node.grad = array_module(dy).array(dy) if node.grad is None else _added(node.grad, dy)
+        dy = arriving.pop(node)
+        if node.vjp is None:
+            leaves[node] = dy
             continue
         for parent, grad in zip(node.parents, node.vjp(dy, node.saved), strict=True):
-            if parent is not None:
+            if parent is not None:  # gradients are added, never assigned: a tensor that is used twice receives twice
                 arriving[parent] = arriving[parent] + grad if parent in arriving else grad
         node.vjp, node.saved, node.parents = _spent, None, ()
-
-
-def _added(buffer, grad):
-    buffer += grad
-    return buffer
+    return leaves
 
 
 def _spent(dy, saved):

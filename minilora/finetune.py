@@ -15,7 +15,7 @@ from .train import evaluate, train
 
 
 def finetune(
-    method, targets="all-linear", data=None, replace=None, steps=200, lr=None, batch=8, warmup=20, weight_decay=0.0,
+    method, targets="all-linear", data=None, replace=None, steps=150, lr=None, batch=8, warmup=20, weight_decay=0.0,
     clip=1.0, out="runs/train", base=None, seed=0, device="cpu", progress=None, report=print,
 ):  # fmt: skip
     """Fine-tune with ``method``, an Adapter; write adapter.safetensors and history.json into ``out``.

@@ -69,8 +69,8 @@ def layer_norm_forward(need, x, g, b, *, eps=1e-5):
     """
     if x.ndim != 2 or g.shape != x.shape[1:] or b.shape != g.shape:
         raise InputError(f"layer_norm: x {x.shape}, g {g.shape}, b {b.shape}; g and b must be (d,) for x (N, d)")
-    x_hat = x - x.mean(axis=1, keepdims=True)
-    r = 1.0 / array_module(x).sqrt((x_hat * x_hat).mean(axis=1, keepdims=True) + eps)  # F1
+    x_hat = x - row_mean(x)
+    r = 1.0 / array_module(x).sqrt(row_mean(x_hat * x_hat) + eps)  # F1
     x_hat *= r  # F2
     y = x_hat * g
     y += b  # F3
@@ -88,9 +88,17 @@ def layer_norm_backward(need, dy, saved):
     if not need.x:
         return None, dg, db
     dx_hat = dy * saved.g  # B1
-    projection = saved.x_hat * (dx_hat * saved.x_hat).mean(axis=1, keepdims=True)
-    dx = saved.r * (dx_hat - dx_hat.mean(axis=1, keepdims=True) - projection)  # B2
+    projection = saved.x_hat * row_mean(dx_hat * saved.x_hat)
+    dx = dx_hat - row_mean(dx_hat)
+    dx -= projection
+    dx *= saved.r  # B2
     return dx, dg, db
+
+
+def row_mean(x):
+    """The mean of each row, (N, 1), as a product with a constant vector: several times faster than x.mean(axis=1)."""
+    xp, d = array_module(x), x.shape[1]
+    return x @ xp.full((d, 1), 1.0 / d, x.dtype)
 
 
 GELU_SCALE = math.sqrt(2.0 / math.pi)  # a Python float: np.sqrt would turn float32 into float64
@@ -107,14 +115,23 @@ def gelu_forward(need, x):
     """
     xp = array_module(x)
     y, slope = xp.empty_like(x), xp.empty_like(x) if need.x else None
-    for rows in row_blocks(x):  # the temporaries of a block stay in the cache
-        xb = x[rows]
-        xx = xb * xb
-        t = xp.tanh(xb * (GELU_SCALE + (GELU_SCALE * GELU_CUBIC) * xx))  # F1
-        half = 0.5 * t + 0.5  # (1 + t) / 2
-        y[rows] = xb * half  # F2
-        if need.x:  # x/2 (1 + t) = y
-            slope[rows] = half + y[rows] * (1.0 - t) * (GELU_SCALE + (3.0 * GELU_SCALE * GELU_CUBIC) * xx)  # B1
+    for rows in row_blocks(x):  # the arrays of a block stay in the cache, and are used again
+        xb, yb = x[rows], y[rows]
+        inner = xb * xb
+        inner *= GELU_SCALE * GELU_CUBIC
+        inner += GELU_SCALE  # c (1 + k x²)
+        t = xb * inner
+        xp.tanh(t, out=t)  # F1
+        half = t + 1.0
+        half *= 0.5
+        xp.multiply(xb, half, out=yb)  # F2
+        if need.x:
+            inner *= 3.0
+            inner -= 2.0 * GELU_SCALE  # c (1 + 3 k x²)
+            xp.subtract(1.0, t, out=t)
+            t *= yb  # x/2 (1 + t) (1 − t)
+            t *= inner
+            xp.add(half, t, out=slope[rows])  # B1
     return y, {"slope": slope}
 
 
@@ -132,10 +149,11 @@ def gelu_backward(need, dy, saved):
 def attention_forward(need, q, k, v, *, batch, heads):
     """Causal multi-head attention.   Vaswani et al. 2017, arXiv 1706.03762, equation 1
 
-    q (batch · Tq, d), k and v (batch · T, d), Tq ≤ T: the queries are the last Tq positions. Per head, of width e:
-    F1  S = q kᵀ / √e, and −∞ where a query would see a later position    (Tq, T)
-    F2  P = softmax_T S                                                   (Tq, T)
-    F3  y = P v                                                           (Tq, e)
+    q (batch · Tq, d), k and v (batch · T, d), Tq ≤ T: the queries are the last Tq positions. Per head, of width e, with
+    the keys down and the queries across, so that a softmax runs down a column, which NumPy reduces fastest:
+    F1  S = k qᵀ / √e, and −∞ where a query would see a later position    (T, Tq)
+    F2  P = softmax_T S                                                   (T, Tq)
+    F3  y = Pᵀ v                                                          (Tq, e)
     Kept: q, k, v, P.
     """
     xp = array_module(q)
@@ -146,25 +164,25 @@ def attention_forward(need, q, k, v, *, batch, heads):
         rows = f"{len(q)} and {len(k)} rows do not divide into a batch of {batch}"
         raise InputError(f"attention: {rows}, or a width of {q.shape[1]} not into {heads} heads")
     Tq, T, y = len(q) // batch, len(k) // batch, xp.empty_like(q)
-    P, mask = xp.empty((batch, heads, Tq, T), q.dtype), causal_mask(xp, Tq, T, q.real.dtype)
+    P, mask = xp.empty((batch, heads, T, Tq), q.dtype), causal_mask(xp, T, Tq, q.real.dtype)
     qh, kh, vh, yh = (split_heads(a, batch, heads) for a in (q, k, v, y))
     scale = 1.0 / math.sqrt(qh.shape[-1])
-    for i, S in enumerate(P):  # one sample at a time: its (heads, Tq, T) arrays stay in the cache
-        xp.matmul(scale * qh[i], kh[i].swapaxes(-1, -2), out=S)
+    for i, S in enumerate(P):  # one sample at a time: its (heads, T, Tq) arrays stay in the cache
+        xp.matmul(kh[i], (scale * qh[i]).swapaxes(-1, -2), out=S)
         S += mask  # F1
-        S -= S.max(axis=-1, keepdims=True)  # softmax is the same for a shifted row, and exp cannot overflow
+        S -= S.max(axis=-2, keepdims=True)  # softmax is the same for a shifted column, and exp cannot overflow
         xp.exp(S, out=S)
-        S /= S.sum(axis=-1, keepdims=True)  # F2
-        xp.matmul(S, vh[i], out=yh[i])  # F3
+        S /= S.sum(axis=-2, keepdims=True)  # F2
+        xp.matmul(S.swapaxes(-1, -2), vh[i], out=yh[i])  # F3
     return y, {"q": q, "k": k, "v": v, "P": P}
 
 
 def attention_backward(need, dy, saved):
-    """B1  dv = Pᵀ dy                        v_j reaches y_i through P_ij
-    B2  dP = dy vᵀ                        P_ij reaches y_i through v_j
-    B3  dS = P ∘ (dP − Σ_T P ∘ dP)        softmax: row i of dP, less its mean under P
-    B4  dq = dS k / √e                    through F1
-    B5  dk = dSᵀ q / √e
+    """B1  dv = P dy                         v_j reaches y_i through P_ji
+    B2  dP = v dyᵀ                        P_ji reaches y_i through v_j
+    B3  dS = P ∘ (dP − Σ_T P ∘ dP)        softmax: a column of dP, less its mean under P
+    B4  dq = dSᵀ k / √e                   through F1
+    B5  dk = dS q / √e
     """
     xp, (batch, heads) = array_module(dy), saved.P.shape[:2]
     q, k, v, do = (split_heads(a, batch, heads) for a in (saved.q, saved.k, saved.v, dy))
@@ -172,12 +190,12 @@ def attention_backward(need, dy, saved):
     dq, dk, dv = (split_heads(a, batch, heads) for a in grads)
     scale = 1.0 / math.sqrt(q.shape[-1])
     for i, P in enumerate(saved.P):  # one sample at a time: its (heads, T, T) arrays stay in the cache
-        xp.matmul(P.swapaxes(-1, -2), do[i], out=dv[i])  # B1
-        dS = do[i] @ v[i].swapaxes(-1, -2)  # B2
-        dS -= (dS * P).sum(axis=-1, keepdims=True)
+        xp.matmul(P, do[i], out=dv[i])  # B1
+        dS = v[i] @ do[i].swapaxes(-1, -2)  # B2
+        dS -= (dS * P).sum(axis=-2, keepdims=True)
         dS *= P  # B3
-        xp.matmul(dS, scale * k[i], out=dq[i])  # B4
-        xp.matmul(dS.swapaxes(-1, -2), scale * q[i], out=dk[i])  # B5
+        xp.matmul(dS.swapaxes(-1, -2), scale * k[i], out=dq[i])  # B4
+        xp.matmul(dS, scale * q[i], out=dk[i])  # B5
     return tuple(grad if wanted else None for grad, wanted in zip(grads, need, strict=True))
 
 
@@ -186,9 +204,9 @@ def split_heads(a, batch, heads):
     return a.reshape(batch, -1, heads, a.shape[1] // heads).transpose(0, 2, 1, 3)
 
 
-def causal_mask(xp, Tq, T, dtype):
-    """(Tq, T): 0 where query i may see key j, −∞ where j is later; the last query is at the last key's position."""
-    return xp.triu(xp.full((Tq, T), -math.inf, dtype), k=1 + T - Tq)
+def causal_mask(xp, T, Tq, dtype):
+    """(T, Tq): 0 where query i may see key j, −∞ where j is later; the last query is at the last key's position."""
+    return xp.tril(xp.full((T, Tq), -math.inf, dtype), k=Tq - T - 1)
 
 
 def cross_entropy_forward(need, logits, *, targets, ignore_index=IGNORE_INDEX):

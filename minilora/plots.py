@@ -67,7 +67,7 @@ def comparison(result: dict):
         _bars(costs[2], names, [r["seconds_per_step"] * 1e3 for r in rows], "Time of a step", "ms")
         tokens = settings["batch"] * settings["context"]
         figure.supxlabel(
-            f"{rows[0]['steps']} steps of {tokens:,} characters, r = {settings['r']}, alpha = {settings['alpha']:g}. "
+            f"{rows[0]['steps']} steps of {tokens:,} characters, AdamW, each method at its tuned learning rate. "
             "B: Shakespeare in the spelling of 1623; A: in modern spelling. Both losses on Macbeth, held out.",
             fontsize=9.5, color="#444444",
         )  # fmt: skip
@@ -120,25 +120,27 @@ def sweep(rows):
     """
     from matplotlib import rc_context
 
-    from .sweep import curves
+    from .sweep import best, curves
 
     found = curves(rows)
     names, panels = list(dict.fromkeys(name for name, *_ in found)), _sweep_panels(found)
-    single = all(len(shown) == 1 for shown in panels.values())
-    measured = [row for row in rows if "loss_b" in row] or [{"loss_b": 0.0, "loss_b_before": 1.0}]
-    least, before = min(row["loss_b"] for row in measured), max(row["loss_b_before"] for row in measured)
-    columns = min(len(panels), 4 if len(panels) > 9 or len(panels) in (7, 8) else 3 if len(panels) != 4 else 2)
+    single = list(panels) == names
+    top = max((row["loss_b_before"] for row in rows if "loss_b" in row), default=1.0)
+    least = min([top, *(row["loss_b"] for row in rows if "loss_b" in row)])
+    columns = min(len(panels), 4 if len(panels) > 9 or len(panels) in (7, 8) else 2 if len(panels) == 4 else 3)
     lines = -(-len(panels) // columns)
     with rc_context(STYLE):
         figure = new_figure(10.5, 1.2 + lines * (2.1 if single else 3.2))
         grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
-        grid[0].set(xscale="log", ylim=(least - 0.06 * (before - least), before))
+        grid[0].set(xscale="log", ylim=(least - 0.06 * (top - least) - 1e-3, top))
         for i, (axes, (title, shown)) in enumerate(zip(grid, panels.items(), strict=False)):
             for curve in found.values() if single else ():
-                _rate_curve(axes, curve, before, color="#d4d4d4", linewidth=1)
+                _rate_curve(axes, curve, top, color="#d4d4d4", linewidth=1)
             for name, curve in shown.items():
-                _rate_curve(axes, curve, before, name, linewidth=2, **look(names.index(name)))
+                _rate_curve(axes, curve, top, name, linewidth=2, **look(names.index(name)))
             axes.set_title(title)
+            if single and max(shown[title][rate := best(shown[title])[1]]) < float("inf"):
+                axes.set_title(f"★ {rate:g}", loc="right", fontsize=10.5, fontweight="normal")
             axes.tick_params(labelbottom=i + columns >= len(panels))  # the lowest of each column, in a short row too
         _rate_ticks(grid[0], sorted({row["lr"] for row in rows}))
         for axes in grid[len(panels) :]:
@@ -147,9 +149,9 @@ def sweep(rows):
             figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper", fontsize=10)
         figure.supylabel("held-out loss, nats per character", fontsize=11)
         figure.supxlabel(
-            f"learning rate\nLine: mean over {len({row['seed'] for row in rows})} seeds, band: their range, star: the "
-            f"best rate, after {rows[0]['steps']} steps. A cross at the top:\na seed diverged, or the mean is above "
-            f"{before:.2f}, the loss before tuning.",
+            f"learning rate\nMean over seeds ({len({row['seed'] for row in rows})}) and their range, after "
+            f"{rows[0]['steps']} steps; ★ the best rate. The top edge is the loss before tuning;\n"
+            "a cross there: a seed diverged or failed, or the mean is worse than that.",
             fontsize=9.5, color="#444444",
         )  # fmt: skip
     return figure
@@ -177,14 +179,14 @@ def _rate_curve(axes, curve, top, label=None, **style):
         return
     low, high = ([min(top, end(losses)) for losses in curve.values()] for end in (min, max))
     axes.fill_between(rates, low, high, color=style["color"], alpha=0.18, linewidth=0)
-    marks = {"color": style["color"], "linestyle": "", "zorder": 4, "clip_on": False}
-    axes.plot(rates, means, marker="o", markersize=3.5, **{**marks, "clip_on": True})
+    axes.plot(rates, means, color=style["color"], linestyle="", marker="o", markersize=3.5)
+    marks = {"color": style["color"], "linestyle": "", "markeredgecolor": "white", "zorder": 4, "clip_on": False}
     out = [rate for rate, mean in zip(rates, means, strict=True) if mean == top]
     if out:  # the layout cannot take an empty line that is not clipped
-        axes.plot(out, [top] * len(out), marker="X", markersize=8, markeredgecolor="white", **marks)
+        axes.plot(out, [top] * len(out), marker="X", markersize=8, **marks)
     star = best(curve)[1]
     if star not in out:
-        axes.plot(star, means[rates.index(star)], marker="*", markersize=14, markeredgecolor="white", **marks)
+        axes.plot(star, means[rates.index(star)], marker="*", markersize=14, **marks)
 
 
 def _rate_ticks(axes, rates):

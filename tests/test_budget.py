@@ -16,9 +16,9 @@ def lines(*names):
     return sum(1 for name in names for line in (PACKAGE / name).read_text().splitlines() if line.strip())
 
 
-def test_the_reading_path_is_about_a_thousand_lines():
+def test_the_reading_path_is_about_eleven_hundred_lines():
     path = ["engine.py", "ops.py", "nn.py", "gpt.py", "adapter.py", "methods/lora.py", "optim.py", "train.py"]
-    assert lines(*path) <= 1050
+    assert lines(*path) <= 1100
 
 
 def test_every_module_opens_with_why_it_exists():

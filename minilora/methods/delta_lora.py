@@ -24,7 +24,7 @@ from .lora import LoRA
 @dataclass(frozen=True)
 class DeltaLoRA(LoRA):
     update_ratio: float = 2.0
-    start_step: int = 100
+    start_step: int = 50
     updates_base = True
 
     claims = {

