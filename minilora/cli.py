@@ -48,9 +48,9 @@ def build_parser(argv) -> argparse.ArgumentParser:
 
     p = command("compare", run_compare, "Fine-tune on real text with every method; write a table and a figure.")
     p.add_argument("--methods", nargs="+", metavar="NAME", help="methods to compare; all by default")
-    p.add_argument("--steps", type=int, default=200, help="training steps for each method")
-    p.add_argument("--r", type=int, default=8, help="rank")
-    p.add_argument("--alpha", type=float, default=16.0, help="scale: the update is multiplied by alpha / r")
+    p.add_argument("--steps", type=int, default=120, help="training steps for each method")
+    p.add_argument("--r", type=int, help="rank of all methods, instead of each method's own default")
+    p.add_argument("--alpha", type=float, help="alpha of all methods, instead of each method's own default")
     p.add_argument("--lr", type=float, help="one learning rate for all, instead of each method's recorded one")
     p.add_argument("--batch", type=int, default=8, help="sequences per step")
     p.add_argument("--out", default="compare", metavar="DIR", help="folder for compare.json, .md and .png")
@@ -62,7 +62,7 @@ def build_parser(argv) -> argparse.ArgumentParser:
     p.add_argument("--replace-unknown", metavar="CHAR", help="put CHAR for characters that the tokenizer lacks")
     p.add_argument("--target-modules", default="all-linear", metavar="NAMES",
                    help='layers to adapt: "all-linear", or names such as q,v')  # fmt: skip
-    p.add_argument("--steps", type=int, default=200, help="training steps")
+    p.add_argument("--steps", type=int, default=150, help="training steps")
     p.add_argument("--lr", type=float, help="peak learning rate; the method's recorded one by default")
     p.add_argument("--batch", type=int, default=8, help="sequences per step")
     p.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up, before the cosine")
@@ -71,6 +71,13 @@ def build_parser(argv) -> argparse.ArgumentParser:
     p.add_argument("--out", default="runs/train", metavar="DIR", help="folder for adapter.safetensors, history.json")
     common(p)
     method_flags(p, argv)
+
+    from . import sweep
+
+    p = command(
+        "sweep", sweep.run_sweep, "Method × rank × alpha × learning rate × seed, on processes or a Dask cluster."
+    )
+    sweep.add_arguments(p)
 
     p = command("pretrain", run_pretrain, "Make the base model again: a tiny GPT trained on modern Shakespeare.")
     p.add_argument("--steps", type=int, help="training steps; the recipe's by default")

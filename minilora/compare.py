@@ -44,9 +44,9 @@ class Task:
         a, b, context = load_corpus("modern"), load_corpus("folio"), self.model.config.n_positions
         b = split_text(b.train) if selection else b
         self.train_ids = self.tokenizer.encode(b.train)
-        self.held_out_a = fixed_batches(self.tokenizer.encode(a.val), 32, context, limit=160)
-        self.held_out_b = fixed_batches(self.tokenizer.encode(b.val), 32, context, limit=160)
-        self.glance_b = self.held_out_b[:1]  # for the curve during training
+        self.held_out_a = fixed_batches(self.tokenizer.encode(a.val), 32, context, limit=128)
+        self.held_out_b = fixed_batches(self.tokenizer.encode(b.val), 32, context, limit=128)
+        self.glance_b = [tuple(a[:16] for a in self.held_out_b[0])]  # for the curve during training
 
     def losses(self, model) -> tuple[float, float]:
         """Held-out loss on A and on B, in nats per character."""
@@ -70,7 +70,7 @@ def tune(task: Task, method, steps, lr, batch, seed, progress=None):
     rng = np.random.default_rng(seed)  # the same batches for every method
     batches = random_batches(task.train_ids, batch, model.config.n_positions, rng)
     optimizer = AdamW(model.trainable(), lr, clip=1.0)
-    curve, every = [(0, evaluate(model, task.glance_b))], max(1, steps // 12)
+    curve, every = [(0, evaluate(model, task.glance_b))], max(1, steps // 10)
 
     def callback(step, history):
         if (step + 1) % every == 0 or step + 1 == steps:
@@ -84,7 +84,7 @@ def tune(task: Task, method, steps, lr, batch, seed, progress=None):
 
 
 def compare(
-    names=None, steps=150, seed=0, device="cpu", r=None, alpha=None, out="compare", lr=None, batch=8, base=None,
+    names=None, steps=120, seed=0, device="cpu", r=None, alpha=None, out="compare", lr=None, batch=8, base=None,
     progress=None, report=print,
 ) -> dict:  # fmt: skip
     """Fine-tune with every method of ``names`` (all by default); write compare.json, .md and .png into ``out``.

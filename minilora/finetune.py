@@ -29,7 +29,7 @@ def finetune(
     model, tokenizer = pretrained() if base is None else load_model(base), CharTokenizer()
     context, rng = model.config.n_positions, np.random.default_rng(seed)
     batches = random_batches(tokenizer.encode(corpus.train), batch, context, rng)
-    held_out = fixed_batches(tokenizer.encode(corpus.val), 32, context, limit=160)
+    held_out = fixed_batches(tokenizer.encode(corpus.val), 32, context, limit=128)
     prompt = PROMPT if data is None else corpus.val[:32]
     write = lambda: tokenizer.decode(model.generate(tokenizer.encode(prompt)[None], 320, 0.6, 20, rng=seed)[0])
     mark = fingerprint(model)

@@ -53,23 +53,24 @@ def comparison(result: dict):
     from matplotlib import rc_context
 
     rows, settings = result["rows"], result["settings"]
+    names = [r["method"] for r in rows]
     with rc_context(STYLE):
-        height = 6.2 + 0.22 * max(0, len(rows) - 3)
-        figure = new_figure(10.5, height)
-        top, bottom = figure.subfigures(2, 1, height_ratios=[3.6, height - 4.2])
+        legend, bars = 0.5 + 0.22 * -(-len(rows) // 5), 1.1 + 0.24 * len(rows)
+        figure = new_figure(10.5, 3.4 + legend + bars + 0.5)
+        top, bottom = figure.subfigures(2, 1, height_ratios=[3.4 + legend, bars + 0.5])
         curves, trade = top.subplots(1, 2, width_ratios=[1.25, 1])
         _learning_curves(curves, result)
         _learning_against_forgetting(trade, rows)
+        top.legend(*trade.get_legend_handles_labels(), loc="outside lower center", ncols=min(5, len(rows) + 1))
         costs = bottom.subplots(1, 3, sharey=True)
-        names = [r["method"] for r in rows]
         _bars(costs[0], names, [r["trainable"] / 1e3 for r in rows], "Trained numbers", "thousand", log=True)
         _bars(costs[1], names, [r["kept_bytes"] / 2**20 for r in rows], "Kept for backward", "MiB")
         _bars(costs[2], names, [r["seconds_per_step"] * 1e3 for r in rows], "Time of a step", "ms")
         tokens = settings["batch"] * settings["context"]
         figure.supxlabel(
-            f"{rows[0]['steps']} steps of {tokens:,} characters, AdamW, each method at its tuned learning rate. "
-            "B: Shakespeare in the spelling of 1623; A: in modern spelling. Both losses on Macbeth, held out.",
-            fontsize=9.5, color="#444444",
+            f"{rows[0]['steps']} steps of {tokens:,} characters with AdamW. B: Shakespeare in the spelling of 1623; "
+            "A: in modern spelling.\nBoth losses are measured on Macbeth, which no training text holds.",
+            fontsize=10, color="#444444",
         )  # fmt: skip
     return figure
 
@@ -77,24 +78,27 @@ def comparison(result: dict):
 def _learning_curves(axes, result):
     for i, (name, curve) in enumerate(result["curves"].items()):
         steps, losses = zip(*curve, strict=True)
-        axes.plot(steps, losses, label=name, linewidth=2, **look(i))
+        axes.plot(steps, losses, label=name, linewidth=1.8, marker=_marker(i), markevery=[-1], markersize=7, **look(i))
+    lowest = min(loss for curve in result["curves"].values() for _, loss in curve)
+    start = next(iter(result["curves"].values()))[0][1]
+    axes.set_ylim(lowest - 0.06 * (start - lowest) - 0.01, start + 0.3 * (start - lowest) + 0.01)
     axes.set(title="Learning the Folio's spelling", xlabel="step", ylabel="held-out loss on B, nats per character")
-    axes.legend(ncols=2 if len(result["curves"]) > 5 else 1, fontsize=10)
 
 
 def _learning_against_forgetting(axes, rows):
     base = rows[0]["loss_b_before"], rows[0]["loss_a_before"]
-    axes.scatter(*base, s=110, marker="*", color="#555555", zorder=3, label="before")
+    axes.scatter(*base, s=130, marker="*", color="#555555", zorder=3, label="before")
     for i, r in enumerate(rows):
         after = r["loss_b_after"], r["loss_a_after"]
-        axes.annotate("", after, base, arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.8})
-        axes.scatter(
-            *after, s=65, marker=MARKERS[i % len(MARKERS)], color=look(i)["color"], zorder=3, label=r["method"]
-        )
-    axes.margins(0.15)
+        axes.plot(*zip(base, after, strict=True), color="#cccccc", linewidth=0.8, zorder=1)
+        axes.scatter(*after, s=60, marker=_marker(i), color=look(i)["color"], zorder=3, label=r["method"])
+    axes.margins(0.12)
     axes.set(title="Learning against forgetting", xlabel="loss on B after (left is better)",
              ylabel="loss on A after (down is better)")  # fmt: skip
-    axes.legend(ncols=2 if len(rows) > 5 else 1, fontsize=10)
+
+
+def _marker(i):
+    return MARKERS[i % len(MARKERS)]
 
 
 def _bars(axes, names, values, title, unit, log=False):
@@ -109,7 +113,14 @@ def _bars(axes, names, values, title, unit, log=False):
         axes.set_xlim(left=min(values) / 3)
     axes.set_xlim(right=max(values) * (6 if log else 1.28))
     for i, value in enumerate(values):
-        axes.annotate(f"{value:,.4g}", (value, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=10)
+        axes.annotate(
+            f"{value:,.3g}" if value < 1000 else f"{value:,.0f}",
+            (value, i),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=10,
+        )
 
 
 def sweep(rows):
