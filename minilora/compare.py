@@ -129,7 +129,8 @@ def compare(
         "rows": rows, "curves": curves, "samples": samples,
     }  # fmt: skip
     save(folder, result)
-    report("\n" + table(rows) + "\n\n" + side_by_side("before", samples["before"], names[-1], samples[names[-1]]))
+    best = min(rows, key=lambda row: row["loss_b_after"])["method"]
+    report("\n" + table(rows) + "\n\n" + side_by_side("before", samples["before"], f"after, {best}", samples[best]))
     report(f"\nWritten: {folder / 'compare.json'}, {folder / 'compare.md'}, {folder / 'compare.png'}")
     return result
 

@@ -149,9 +149,9 @@ def sweep(rows):
                 _rate_curve(axes, curve, top, color="#d4d4d4", linewidth=1)
             for name, curve in shown.items():
                 _rate_curve(axes, curve, top, name, linewidth=2, **look(names.index(name)))
-            axes.set_title(title)
+            axes.set_title(title, fontsize=11)
             if single and max(shown[title][rate := best(shown[title])[1]]) < float("inf"):
-                axes.set_title(f"★ {rate:g}", loc="right", fontsize=10.5, fontweight="normal")
+                axes.set_title(f"★ {rate:g}", loc="right", fontsize=9.5, fontweight="normal")
             axes.tick_params(labelbottom=i + columns >= len(panels))  # the lowest of each column, in a short row too
         _rate_ticks(grid[0], sorted({row["lr"] for row in rows}))
         for axes in grid[len(panels) :]:

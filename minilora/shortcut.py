@@ -45,13 +45,14 @@ def cut(p, axes) -> Saved:
 @cache
 def shortcut(method) -> Shortcut | None:
     """The method's Shortcut, or None where it would not give the method's own results."""
-    small, large = _layer(method, 11, 13), _layer(method, 17, 19)
-    axis = lambda a, b, ends: [i for i, pair in enumerate(zip(a.shape, b.shape, strict=True)) if pair == ends]
-    found = {
-        ends: {k: where[0] for k, a in small.items() if (where := axis(a, large[k], ends))}
-        for ends in ((11, 17), (13, 19))
-    }
-    candidate = Shortcut(method, found[11, 17], found[13, 19])
+    r = getattr(method, "r", 0)  # sizes above the rank, so that it is no length of theirs
+    sizes, larger = (r + 11, r + 13), (r + 17, r + 19)
+    small, large = _layer(method, *sizes), _layer(method, *larger)
+    axes = [  # of d_out, and of d_in: the axis that has their length in both layers
+        {k: a.shape.index(n) for k, a in small.items() if (n, m) in zip(a.shape, large[k].shape, strict=True)}
+        for n, m in zip(sizes, larger, strict=True)
+    ]
+    candidate = Shortcut(method, *axes)
     try:
         return candidate if _agrees(candidate, small) else None
     except Exception:  # the method's formulas do not run on empty arrays

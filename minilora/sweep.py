@@ -8,22 +8,20 @@ import math
 import os
 import signal
 import socket
-import statistics
 import threading
-import traceback
-from collections import deque
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from importlib import import_module
 from itertools import product
 from multiprocessing import active_children, get_context, parent_process
-from operator import itemgetter
 from pathlib import Path
+from statistics import fmean, median, stdev
 
 import numpy as np
 
-from . import methods
+from . import methods, plots
 from .adapter import count_parameters, plan
 from .checkpoint import fingerprint, writable_folder, write_atomically
 from .compare import Task, tune
@@ -31,9 +29,8 @@ from .errors import InputError, TrainingStopped
 from .optim import check_positive
 from .train import progress_bar
 
-MARK = b'{"minilora_sweep": 1, '  # every line starts with it: so half a line is known for ours as well
+MARK = b'{"minilora_sweep": 1, '  # every line starts with it, so that half a line is known for ours as well
 BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-DIVERGED = TrainingStopped.__name__
 
 
 @dataclass(frozen=True)
@@ -41,14 +38,14 @@ class Run:
     """One training run. ``r`` or ``alpha`` None: the method's own default, or a method that has none."""
 
     method: str
-    r: int | None
-    alpha: float | None
     lr: float
     seed: int
     steps: int
     batch: int
     base: str | None = None
-    options: dict = field(default_factory=dict)
+    r: int | None = None
+    alpha: float | None = None
+    options: dict = field(default_factory=dict)  # other fields of the method
 
     def key(self) -> str:
         """The same string for the same run, in every process and at every time."""
@@ -61,123 +58,90 @@ class Run:
 
 
 def grid(names, ranks, alphas, rates, seeds, steps, batch, base=None) -> list[Run]:
-    """Every combination once; what a method does not have, such as a rank, does not multiply its runs.
-
-    ``ranks`` and ``alphas`` may be [None], each method's default. Raises InputError for whatever a run cannot use.
-    """
+    """Each combination once; ranks and alphas count only for methods that have them. InputError for unusable ones."""
     for what, values in {"methods": names, "r": ranks, "alpha": alphas, "lr": rates, "seeds": seeds}.items():
         if not values or len(set(values)) < len(values):
             raise InputError(f"sweep: {what} is {list(values)}; give at least one value, and each value once")
-    for name, rate, seed in product(names, rates, seeds):
-        methods.get(name)
-        check_positive(lr=rate, steps=steps, batch=batch)
-        check_positive(zero_allowed=True, seed=seed)
     path, runs = base and str(Path(base).resolve()), {}  # a worker may have another working directory
     model = Task(path).model
     for name, r, alpha, rate, seed in product(names, ranks, alphas, rates, seeds):
+        check_positive(lr=rate, steps=steps, batch=batch)
+        check_positive(zero_allowed=True, seed=seed)
         own = methods.known(name, r=r, alpha=alpha and float(alpha))
-        run = Run(name, own.get("r"), own.get("alpha"), float(rate), seed, steps, batch, path)
-        if run.key() not in runs:
-            plan(model, run.adapter())
+        run = Run(name, float(rate), seed, steps, batch, path, **own)
+        plan(model, run.adapter())
         runs[run.key()] = run
     return list(runs.values())
 
 
 def execute(run: Run) -> dict:
-    """Do ``run``, in whatever process this is, and return its line; one that fails has "error" in place of losses.
-
-    Held out is the end of B's training text: a learning rate must not be chosen on the play that results are for.
-    """
-    worker = f"{socket.gethostname()}:{os.getpid()}"
-    line = {**asdict(run), "started": datetime.now(UTC).isoformat(timespec="seconds"), "worker": worker}
-    try:
-        with np.errstate(all="ignore"):  # a run that diverges overflows first
-            return line | _train(run)
-    except Exception as error:
-        return line | _failure(error)
-
-
-def _train(run: Run) -> dict:
-    task = Task(run.base, "cpu", selection=True)
-    before = task.losses(task.model)[1]
-    model, history, _ = tune(task, run.adapter(), run.steps, run.lr, run.batch, run.seed, progress=False)
-    loss_a, loss_b = task.losses(model)
-    if not (math.isfinite(loss_a) and math.isfinite(loss_b)):
+    """Do ``run`` in this process, whichever it is, and return its line. Raises TrainingStopped where it diverges."""
+    line = asdict(run) | {"started": f"{datetime.now(UTC):%FT%TZ}", "worker": f"{socket.gethostname()}:{os.getpid()}"}
+    task = Task(run.base, "cpu", selection=True)  # a rate must not be chosen on the play that results are for
+    with np.errstate(all="ignore"):  # a run that diverges overflows first
+        model, history, _ = tune(task, run.adapter(), run.steps, run.lr, run.batch, run.seed, progress=False)
+        (loss_a, loss_b), (_, before) = task.losses(model), task.losses(task.model)
+    if not math.isfinite(loss_a + loss_b):
         raise TrainingStopped(f"the held-out losses after training are {loss_a} on A and {loss_b} on B")
-    return {
+    return line | {
         "loss_b": loss_b, "loss_a": loss_a, "loss_b_before": before,
-        "train_loss": statistics.fmean(history.loss[-math.ceil(run.steps / 10) :]),  # the last tenth of the steps
+        "train_loss": fmean(history.loss[-math.ceil(run.steps / 10) :]),  # the last tenth of the steps
         "trainable": count_parameters(model)[0], "kept_bytes": history.kept_bytes,
         "seconds_per_step": history.seconds_per_step, "base_sha256": fingerprint(task.model),
     }  # fmt: skip
 
 
-def _failure(error: BaseException) -> dict:
-    """What a line says of a run that failed; a bug keeps its traceback, divergence needs none."""
-    kind = type(error).__name__
-    told = {"type": kind, "message": str(error) or "no message"}
-    return {"error": told if kind == DIVERGED else told | {"traceback": "".join(traceback.format_exception(error))}}
-
-
-def sweep(runs, executor, path, report=print, retry_failed=False, progress=None, renew=None, ahead=math.inf) -> list:
+def sweep(runs, executor, path, report=print, retry_failed=False, ahead=math.inf, progress=None) -> list:
     """Do those ``runs`` that the file ``path`` lacks, on any concurrent.futures.Executor; all lines of the file.
-
-    Each line is on the disk at once; a half-written last one, from a sweep that was killed, is cut off and its run
-    done again. ``retry_failed``: failed runs too. ``renew()`` gives a new executor for one whose process died;
-    ``ahead``: at most so many runs are handed over at a time. Raises InputError, before anything is written, for a
-    file that is not a sweep's or holds runs under other settings. Ctrl-C cancels what has not started.
+    Half a last line is cut off. At most ``ahead`` runs are handed over at a time, and Ctrl-C cancels these. Raises
+    InputError, with nothing written, for a file that is not a sweep's, or whose runs cannot be compared with these.
     """
     lines, size = read(path)
-    _check_settings(path, lines.values(), runs)
+    settings = {(of["steps"], of["batch"], of["base"]) for of in [*lines.values(), *map(asdict, runs)]}
+    models = {line["base_sha256"] for line in lines.values() if "loss_b" in line}
+    if len(settings) > 1 or len(models | {fingerprint(Task(run.base).model) for run in runs[:1]}) > 1:
+        raise InputError(f'"{path}" holds runs with other steps, batch or base model; choose another file with --out')
+    writable_folder(Path(path).parent)
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        raise InputError(f'"{path}" cannot be written to; choose another file with --out')
     todo = [run for run in runs if (line := lines.get(run.key())) is None or (retry_failed and "error" in line)]
     report(f"{len(runs)} runs, {len(runs) - len(todo)} of them done already; results go to {path}")
-    with _appending(path) as file, progress_bar(len(runs), "sweep", progress) as bar:
+    results = _results(todo, executor, ahead)
+    with open(path, "ab") as file, progress_bar(len(runs), "sweep", progress) as bar, closing(results):
         file.truncate(size)
         bar.update(len(runs) - len(todo))
-        with closing(_results(todo, executor, renew, ahead)) as results:
-            for run, line in results:
-                file.write(MARK + json.dumps(line).encode()[1:] + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-                lines[run.key()] = line
-                bar.update()
-                best = min((line for line in lines.values() if "loss_b" in line), key=itemgetter("loss_b"), default={})
-                bar.set_postfix_str("best {loss_b:.3f}, {method} at {lr:g}".format(**best) if best else "none yet")
+        for run, line in results:
+            file.write(MARK + json.dumps(line).encode()[1:] + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            lines[run.key()] = line
+            losses = [(line["loss_b"], line["method"], line["lr"]) for line in lines.values() if "loss_b" in line]
+            bar.set_postfix_str("best {:.3f}, {} at {:g}".format(*min(losses)) if losses else "", refresh=False)
+            bar.update()
     return list(lines.values())
 
 
-def _appending(path):
-    writable_folder(Path(path).parent)
-    try:
-        return open(path, "ab")
-    except OSError as error:
-        raise InputError(f'cannot write to "{path}": {error.strerror}; choose another file with --out') from error
-
-
-def _results(runs, executor, renew, ahead):
-    """(run, line) as the runs end. The runs that a broken executor held get one more chance, on a new one."""
-    todo, pending, again = deque(runs), {}, []
+def _results(runs, executor, ahead):
+    """(run, line) as the runs end, with "error" for one that fails; what a broken executor held is submitted again."""
+    todo, pending = [(run, False) for run in runs], {}
     try:
         while todo or pending:
             while todo and len(pending) < ahead:
-                run = todo.popleft()
+                run, again = todo.pop(0)
                 try:
                     future = executor.submit(execute, run)
-                except BrokenExecutor as error:  # it broke a moment ago; treated as if it broke a moment later
-                    future = Future()
-                    future.set_exception(error)
-                pending[future] = run, executor
+                except BrokenExecutor as error:
+                    (future := Future()).set_exception(error)
+                pending[future] = run, again
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                run, source = pending.pop(future)
+                run, again = pending.pop(future)
                 try:
                     line = future.result()
-                except Exception as error:  # of the executor: execute() itself raises none
-                    if isinstance(error, BrokenExecutor) and renew is not None and run not in again:
-                        executor = renew() if source is executor else executor
-                        again.append(run)
-                        todo.append(run)
+                except Exception as error:
+                    if isinstance(error, BrokenExecutor) and not again:
+                        todo.append((run, True))
                         continue
-                    line = asdict(run) | _failure(error)
+                    line = asdict(run) | {"error": {"type": type(error).__name__, "message": str(error)}}
                 yield run, line
     finally:
         for future in pending:
@@ -185,136 +149,152 @@ def _results(runs, executor, renew, ahead):
 
 
 def read(path) -> tuple[dict, int]:
-    """The lines of a sweep's file by their runs' keys, the latest of each, and the bytes up to its last whole line.
-
-    Raises InputError for a file that holds anything else, or cannot be read. One that is not there has no lines.
-    """
+    """A sweep's lines by key, the latest of each, and the bytes of all whole ones. InputError for other files."""
     try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        return {}, 0
-    except OSError as error:
-        raise InputError(f'cannot read "{path}": {error.strerror}; choose another file with --out') from error
-    lines, size = {}, data.rfind(b"\n") + 1
-    for number, text in enumerate(data[:size].split(b"\n")[:-1], 1):
+        *whole, half = (Path(path).read_bytes() if Path(path).exists() else b"").split(b"\n")
+        if not all(text.startswith(MARK) for text in whole) or not (half.startswith(MARK) or MARK.startswith(half)):
+            raise ValueError("a line is of something else")
+        lines = [json.loads(text) for text in whole]
+        keys = [Run(**{f.name: line[f.name] for f in fields(Run)}).key() for line in lines]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f'"{path}" is not a file of a sweep ({error}); choose another with --out') from error
+    return dict(zip(keys, lines, strict=True)), sum(len(text) + 1 for text in whole)
+
+
+class Local(Executor):
+    """``workers`` processes, each with one BLAS thread; all are replaced when one dies, and ended at once by Ctrl-C."""
+
+    def __init__(self, workers):
+        check_positive(workers=workers)
+        self.others, self.saved = active_children(), {name: os.environ.get(name) for name in BLAS_THREADS}
+        os.environ.update(dict.fromkeys(BLAS_THREADS, "1"))  # a process reads it when it starts: at a run, not here
+        self.start = lambda: ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
+        self.pool = self.start()
+
+    def submit(self, fn, /, *args):
         try:
-            line = json.loads(text)
-            run = Run(**{f.name: line[f.name] for f in fields(Run)})
-            if line.pop("minilora_sweep") != 1 or not line.keys() & {"error", "loss_b"}:
-                raise ValueError
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise InputError(f'"{path}" is not a sweep\'s file (line {number}); choose another with --out') from None
-        lines[run.key()] = line
-    if not (data[size:].startswith(MARK) or MARK.startswith(data[size:])):
-        raise InputError(f'"{path}" is not a sweep\'s file (its last line); choose another with --out')
-    return lines, size
+            return self.pool.submit(fn, *args)
+        except BrokenExecutor:
+            self.pool = self.start()
+            return self.pool.submit(fn, *args)
 
-
-def _check_settings(path, lines, runs):
-    """Raise InputError where ``runs`` could not be compared with the ``lines`` that are there."""
-    settings = ("steps", "batch", "base")
-    for line, run in product({line["method"]: line for line in lines}.values(), {r.method: r for r in runs}.values()):
-        same_options = line["method"] != run.method or line["options"] == run.options
-        if any(line[name] != getattr(run, name) for name in settings) or not same_options:
-            have = ", ".join(f"{name} {line[name]}" for name in (*settings, "options"))
-            raise InputError(f'"{path}" holds runs with {have}, which these are not; choose another file with --out')
-    if runs and {line["base_sha256"] for line in lines if "loss_b" in line} - {fingerprint(Task(runs[0].base).model)}:
-        raise InputError(f'"{path}" holds runs on another base model; choose another file with --out')
-
-
-def _appending(path):
-    try:
-        return open(path, "ab")  # the caller's with statement closes it
-    except OSError as error:
-        raise InputError(f'cannot write to "{path}": {error.strerror}; choose another file with --out') from error
-
-
-@contextmanager
-def local(workers=None):
-    """(executor, renew, ahead) of ``workers`` processes, by default one per core, each with one BLAS thread.
-
-    Raises InputError for workers < 1. An exception, such as Ctrl-C, ends the processes at once.
-    """
-    workers = os.cpu_count() or 1 if workers is None else workers
-    check_positive(workers=workers)
-    before, saved, pools = active_children(), {name: os.environ.get(name) for name in BLAS_THREADS}, []
-
-    def renew():
-        pools.append(ProcessPoolExecutor(workers, get_context("spawn"), _start_worker))
-        return pools[-1]
-
-    os.environ.update(dict.fromkeys(BLAS_THREADS, "1"))  # a process reads it when it starts, which is at a first run
-    try:
-        yield renew(), renew, workers + 1
-    except BaseException:
-        for pool in pools:
-            pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(active_children()) - set(before):
-            process.terminate()
-        raise
-    finally:
-        for name in BLAS_THREADS:
+    def __exit__(self, kind, *_):
+        for process in set(active_children()) - set(self.others) if kind else ():
+            process.kill()
+        self.pool.shutdown()
+        for name, value in self.saved.items():
             os.environ.pop(name)
-        os.environ.update({name: value for name, value in saved.items() if value is not None})
-        for pool in pools:
-            pool.shutdown()
+            os.environ.update({} if value is None else {name: value})
 
 
 def _start_worker():
-    """Ctrl-C is for the sweep to handle, and a worker whose sweep was killed does not live on."""
+    """Ctrl-C is the sweep's to handle, and a worker whose sweep was killed does not live on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    import_module("tqdm").tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed worker would leave
 
 
 @contextmanager
 def cluster(address):
-    """(executor, renew, ahead) of the Dask cluster at ``address``. Raises InputError where there is none."""
+    """The executor of the Dask cluster at ``address``. Raises InputError where none can be reached."""
     try:
         from distributed import Client
+
+        client = Client(address, timeout=5, set_as_default=False)
     except ImportError:
         raise InputError('--dask needs the package "distributed": pip install "minilora[dask]"') from None
-    try:
-        client = Client(address, timeout=5, set_as_default=False)
     except (OSError, ValueError) as error:
         raise InputError(f'no Dask scheduler answers at "{address}": {error}') from error
     with client:
-        yield client.get_executor(pure=False), None, math.inf  # pure: a repeated run would be taken from its memory
+        yield client.get_executor(pure=False)  # pure: one run of two sweeps would be trained once
 
 
-@dataclass
-class Curve:
-    """One method at one rank and alpha: by learning rate, the losses of its seeds and how many seeds failed."""
-
-    method: str
-    r: int | None
-    alpha: float | None
-    losses: dict = field(default_factory=dict)
-    failed: dict = field(default_factory=dict)
-
-    def mean(self, rate) -> float:
-        """Over seeds; infinite where one failed, since such a rate is not to be recommended."""
-        return math.inf if self.failed[rate] else statistics.fmean(self.losses[rate])
-
-    @property
-    def best(self) -> float | None:
-        """The rate with the least mean loss; None where there is none without a failure."""
-        rate = min(self.losses, key=self.mean)
-        return rate if math.isfinite(self.mean(rate)) else None
-
-    def beside(self, step) -> float | None:
-        """The next rate below (-1) or above (+1) the best; None at the edge of the grid."""
-        rates = [None, *self.losses, None]
-        return rates[rates.index(self.best) + step]
-
-
-def curves(lines) -> list[Curve]:
-    """The lines by method, rank and alpha, in that order, with ascending rates."""
+def curves(lines) -> dict:
+    """{(method, r, alpha): {rate: losses of its seeds}}, rates ascending; the loss of a failed run is infinite."""
     found = {}
-    none_first = lambda line: [(v is not None, v or 0) for v in (line["r"], line["alpha"])]
-    for line in sorted(lines, key=lambda line: (line["method"], none_first(line), line["lr"])):
-        of = line["method"], line["r"], line["alpha"]
-        curve = found.setdefault(of, Curve(*of))
-        losses = curve.losses.setdefault(line["lr"], [])
-        losses += [line["loss_b"]] if "loss_b" in line else []
-        curve.failed[line["lr"]] = curve.failed.get(line["lr"], 0) + ("error" in line)
-    return list(found.values())
+    for line in sorted(lines, key=lambda line: (line["method"], line["r"] or 0, line["alpha"] or 0, line["lr"])):
+        curve = found.setdefault((line["method"], line["r"], line["alpha"]), {})
+        curve.setdefault(line["lr"], []).append(line.get("loss_b", math.inf))
+    return found
+
+
+def best(curve) -> list:
+    """[rate below, best rate, rate above], by the mean over seeds; None beyond the edge of the grid."""
+    rates = [None, *curve, None]
+    i = rates.index(min(curve, key=lambda rate: fmean(curve[rate])))
+    return rates[i - 1 : i + 2]
+
+
+def table(lines) -> str:
+    """Per method, rank and alpha: the best rate, its mean loss ± deviation over seeds, and the losses beside it."""
+    form = "{:<20} {:>4} {:>6} {:>8} {:>14}  {:>16} {:>16} {:>5} {:>6}"
+    rows = [form.format("method", "r", "alpha", "best lr", "loss B", "rate below", "rate above", "runs", "failed")]
+    for (name, r, alpha), curve in curves(lines).items():
+        rates, every = best(curve), [loss for losses in curve.values() for loss in losses]
+        cells = ["edge of grid" if v is None else f"{fmean(curve[v]):.3f} at {v:g}" for v in rates]
+        below, mean, above = (cell.replace("inf", "failed") for cell in cells)
+        spread = f" ± {stdev(curve[rates[1]]):.3f}" if len(curve[rates[1]]) > 1 and mean[0] != "f" else ""
+        rows.append(form.format(name, r or "", alpha or "", f"{rates[1]:g}", mean.split()[0] + spread, below, above,
+                                len(every), every.count(math.inf)))  # fmt: skip
+    errors = [line["error"] for line in lines if "error" in line and line["error"]["type"] != TrainingStopped.__name__]
+    rows += [f"{len(errors)} failed otherwise ({e['type']}: {e['message']}): --retry-failed" for e in errors[:1]]
+    return "\n".join(rows)
+
+
+def record(lines, path, allow_edge=False):
+    """Write each method's best rate as learning_rates.json has them. Raises InputError where it is not known yet."""
+    if any("error" in line and line["error"]["type"] != TrainingStopped.__name__ for line in lines):
+        raise InputError("record: runs failed for another reason than divergence; do them with --retry-failed")
+    by_least = sorted(curves(lines).items(), key=lambda item: min(map(fmean, item[1].values())), reverse=True)
+    chosen, rates = {name: curve for (name, *_), curve in by_least}, {}  # of several ranks, the best comes last
+    for name, curve in sorted(chosen.items()):
+        below, rates[name], above = best(curve)
+        if math.isinf(fmean(curve[rates[name]])) or len(set(map(len, curve.values()))) > 1:
+            raise InputError(f"record: {name} lacks seeds at some rates, or failed at every rate; sweep on")
+        if None in (below, above) and not allow_edge:
+            raise InputError(f"{name} is best at the edge of the grid, {rates[name]:g}; sweep beyond, or --allow-edge")
+    text = json.dumps({"default": median(rates.values()), "methods": rates}, indent=2) + "\n"
+    write_atomically(path, text.encode())
+
+
+def add_arguments(parser):
+    """The flags of ``minilora sweep``."""
+    add, rates = parser.add_argument, [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2]
+    add("--methods", nargs="+", metavar="NAME", help="methods to sweep; all by default")
+    add("--r", nargs="+", type=int, metavar="R", help="ranks; each method's own by default")
+    add("--alpha", nargs="+", type=float, metavar="ALPHA", help="scales; each method's own by default")
+    add("--lr", nargs="+", type=float, metavar="LR", default=rates, help="learning rates")
+    add("--seeds", nargs="+", type=int, metavar="SEED", default=[0, 1, 2], help="seeds of each combination")
+    add("--steps", type=int, default=150, help="training steps of a run")
+    add("--batch", type=int, default=8, help="sequences per step")
+    add("--base", metavar="FILE", help="a model file that every worker can read; the shipped one by default")
+    add("--workers", type=int, metavar="N", default=os.cpu_count() or 1, help="local processes")
+    add("--dask", metavar="ADDRESS", help="run on this Dask cluster instead, such as tcp://127.0.0.1:8786")
+    add("--out", default="sweep.jsonl", metavar="FILE", help="one JSON line per run; the same command again resumes")
+    add("--retry-failed", action="store_true", help="do failed runs again")
+    add("--report", action="store_true", help="run nothing; print a table of --out and draw it beside it as .png")
+    add("--record", metavar="FILE", help="run nothing; write the best rates of --out as learning_rates.json has them")
+    add("--allow-edge", action="store_true", help="let --record take a rate at the edge of the grid")
+
+
+def run_sweep(args):
+    """Do what the flags of add_arguments() say. Raises InputError for any that cannot be used."""
+    out, picture = Path(args.out), Path(os.path.splitext(args.out)[0] + ".png")
+    if out in (picture, Path(args.record or "")):
+        raise InputError(f'--out "{out}" would be written over by --report or --record; choose another name')
+    if args.report or args.record:
+        lines = list(read(out)[0].values())
+        if not lines:
+            raise InputError(f'"{out}" holds no runs; do some with minilora sweep --out "{out}"')
+    else:
+        names = [name for word in args.methods or methods.names() for name in word.split(",") if name]
+        of = args.r or [None], args.alpha or [None], args.lr, args.seeds, args.steps, args.batch, args.base
+        runs, ahead = grid(names, *of), math.inf if args.dask else args.workers + 1  # a process that dies loses those
+        with cluster(args.dask) if args.dask else Local(args.workers) as executor:
+            lines = sweep(runs, executor, out, retry_failed=args.retry_failed, ahead=ahead)
+    print(table(lines))
+    if args.report:
+        write_atomically(picture, plots.png(plots.sweep(lines)))
+        print(f"Written: {picture}")
+    if args.record:
+        record(lines, args.record, args.allow_edge)

@@ -96,6 +96,80 @@ def test_each_tagged_backward_line_matters_and_the_check_sees_it(name):
         assert not check_method(method), f"{name}: the mutant {description} passes the gradient check"
 
 
+class Mutant:
+    """A method with its backward, or what it saved, spoilt; in all else the method."""
+
+    def __init__(self, method, spoil_grads=None, spoil_saved=None):
+        self.method, self.spoil_grads, self.spoil_saved = method, spoil_grads, spoil_saved
+
+    def __getattr__(self, name):
+        return getattr(self.method, name)
+
+    def backward(self, dy, saved, W, p):
+        saved = Saved(self.spoil_saved(saved, W, p)) if self.spoil_saved else saved
+        dx, grads = self.method.backward(dy, saved, W, p)
+        return self.spoil_grads(dx, dict(grads), dy, W, p) if self.spoil_grads else (dx, grads)
+
+
+def spoilt_arrays(report):
+    return {row.array for row in report.rows if not row.ok}
+
+
+@pytest.mark.quick
+@every_method
+def test_a_transposed_gradient_is_seen(name):
+    """All sizes are 4, so that a transpose has the right shape."""
+    square = {"N": 4, "d_in": 4, "d_out": 4}
+    turn = lambda dx, grads, *_: (dx.T, {k: g.T for k, g in grads.items()})
+    method = create(name, r=4)
+    matrices = {"x", *(k for k in point(method, **square)[3] if point(method, **square)[2][k].ndim == 2)}
+    assert spoilt_arrays(check_method(Mutant(method, turn), **square)) == matrices
+
+
+@pytest.mark.quick
+@every_method
+def test_a_forgotten_scale_is_seen(name):
+    """Each gradient without its factor s, one at a time; where there is no alpha, without a factor of 2."""
+    method = create(name)
+    s = getattr(method, "scaling", 2.0)
+    assert s != 1.0
+    for key in point(method)[3]:
+        forget = lambda dx, grads, *_, key=key: (dx, {**grads, key: grads[key] / s})
+        assert spoilt_arrays(check_method(Mutant(method, forget))) == {key}
+
+
+@pytest.mark.quick
+@every_method
+def test_a_missing_term_is_seen(name):
+    """dx through W alone, without what the adapter adds."""
+    method = create(name)
+    assert spoilt_arrays(check_method(Mutant(method, lambda dx, grads, dy, W, p: (dy @ W, grads)))) == {"x"}
+
+
+@pytest.mark.quick
+@every_method
+def test_what_another_batch_saved_is_seen(name):
+    method = create(name)
+    other = point(method, seed=5)[0]
+    stale = lambda saved, W, p: method.forward(other, W, p)[1]
+    report = check_method(Mutant(method, spoil_saved=stale))
+    assert spoilt_arrays(report) and "x" not in spoilt_arrays(report)  # dx needs no input
+
+
+@pytest.mark.quick
+@every_method
+def test_an_input_that_is_overwritten_after_forward_is_seen_where_it_is_kept(name):
+    method = create(name)
+    x, W, p, names, dy = point(method)
+    right = method.backward(dy, Saved(method.forward(x, W, p)[1]), W, p)[1]
+    _, saved = method.forward(x, W, p)
+    x *= 0.5
+    wrong = method.backward(dy, Saved(saved), W, p)[1]
+    changed = {k for k in names if not np.array_equal(wrong[k], right[k])}
+    keeps_x = any(np.shares_memory(a, x) for a in saved.values())
+    assert bool(changed) == keeps_x
+
+
 @pytest.mark.quick
 @every_method
 def test_backward_twice_is_bit_identical_and_leaves_everything_untouched(name):

@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 import pytest
 
-from minilora.engine import Operation, Tensor, backward, is_recording, no_grad, nodes_of, record
+from minilora.engine import Operation, Tensor, backward, gradients, is_recording, no_grad, nodes_of, record
 from minilora.errors import InputError
 from minilora.gradcheck import check_operation
 
@@ -76,6 +76,21 @@ def test_a_gradient_is_an_array_of_the_shape_of_its_leaf(shape):
     backward((x * x).sum())
     assert isinstance(x.grad, np.ndarray)
     assert x.grad.shape == shape
+
+
+def test_a_constant_has_no_gradient():
+    assert Tensor(np.ones(3)).grad is None
+    assert not Tensor(np.ones(3)).requires_grad
+
+
+def test_gradients_may_be_had_without_being_added():
+    x, w = leaf(3), leaf(3, seed=1)
+    by_leaf = gradients((x * w + x).sum())
+    assert x.grad is None and w.grad is None
+    assert set(by_leaf) == {x.node, w.node}
+    close(by_leaf[x.node], w.data + 1.0)
+    backward((x * w + x).sum())
+    np.testing.assert_array_equal(x.grad, by_leaf[x.node])
 
 
 def test_dy_is_the_gradient_of_the_result():

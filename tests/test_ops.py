@@ -304,6 +304,15 @@ def test_dropout_keeps_the_mean_and_drops_the_share_it_says():
     assert abs((y == 0).mean() - p) < four_deviations
 
 
+@pytest.mark.parametrize("shape", [(701, 100), (40_000, 1), (2, 40_000), (33_000,), (0, 4)])
+def test_gelu_takes_every_row_once_whatever_the_number_of_blocks(shape):
+    x, dy = normal(*shape), normal(*shape, seed=1)
+    y, grads = run(ops.gelu, {"x": x}, {}, dy)
+    expected, expected_grads = run(gelu, {"x": x}, {}, dy)
+    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(grads["x"], expected_grads["x"], rtol=1e-12, atol=1e-14)
+
+
 # -------------------------------------------------------------------------------- what is refused
 
 

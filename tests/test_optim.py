@@ -204,6 +204,7 @@ def test_after_a_stop_the_optimizer_can_go_on():
     params["b"].grad[0] = math.nan
     with pytest.raises(TrainingStopped):
         optimizer.step()
+    assert not optimizer.grad.any()
     set_gradients(params, gradients(1)[0])
     assert math.isfinite(optimizer.step())
 
@@ -239,6 +240,16 @@ def test_betas_below_one(betas):
         AdamW(parameters(), lr=0.1, betas=betas)
 
 
+def test_betas_and_momentum_of_zero_are_plain_descent():
+    """Without averages, AdamW's step is lr · g / (|g| + eps), and SGD's is lr · g."""
+    adam, plain = ({"w": Parameter(np.zeros(2))} for _ in range(2))
+    for params, optimizer in ((adam, AdamW(adam, lr=0.1, betas=(0.0, 0.0))), (plain, SGD(plain, lr=0.1, momentum=0.0))):
+        params["w"].grad[:] = [4.0, -2.0]
+        optimizer.step()
+    np.testing.assert_allclose(adam["w"].data, [-0.1, 0.1], rtol=1e-7)  # eps is 1e-8 beside a gradient of 2
+    np.testing.assert_allclose(plain["w"].data, [-0.4, 0.2], rtol=1e-14)
+
+
 def test_eps_and_momentum_in_range():
     with pytest.raises(InputError, match=r"eps is 0\.0"):
         AdamW(parameters(), lr=0.1, eps=0.0)
@@ -269,6 +280,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_the_floor():
 
 def test_schedule_without_warmup_starts_at_the_peak_and_a_floor_of_one_is_constant():
     assert warmup_cosine(0, 10, lr=0.5) == 0.5
+    assert warmup_cosine(5, 10, lr=1.0) == pytest.approx((1.0 + 0.1) / 2, rel=1e-12)  # the floor is a tenth
     assert {warmup_cosine(step, 10, lr=0.5, floor=1.0) for step in range(10)} == {0.5}
     assert warmup_cosine(0, 1, lr=0.5) == 0.5
     assert [warmup_cosine(step, 4, lr=1.0, warmup=8) for step in range(4)] == [1 / 8, 2 / 8, 3 / 8, 4 / 8]

@@ -101,7 +101,12 @@ def test_a_method_for_which_it_is_wrong_is_found_out(monkeypatch):
     assert shortcut(Raises(r=2)) is None
 
 
-def test_a_rank_that_equals_a_trial_size_is_harmless():
+def test_any_rank_may_take_it():
+    for name in ("lora", "pissa", "vera"):
+        assert all(shortcut(methods.create(name, r=r)) for r in (1, 11, 13, 16, 17, 19, 24, 32, 100))
+
+
+def test_ranks_of_the_trial_s_sizes_are_harmless():
     for r in (11, 13, 17, 19):
         host, x, _ = layer("lora", 128)
         host.method = methods.create("lora", r=4, alpha=float(r))

@@ -2,9 +2,11 @@
 These tests exist because a long run is worth nothing if it cannot be repeated, or ends in NaN without a word.
 """
 
+import contextlib
 import itertools
 import math
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -20,6 +22,8 @@ from minilora.optim import SGD, AdamW, warmup_cosine
 from minilora.train import evaluate, progress_bar, train, training_step
 
 pytestmark = pytest.mark.quick
+
+module = sys.modules["minilora.train"]  # the name minilora.train is the function
 
 TINY = GPTConfig(vocab_size=7, n_positions=8, n_embd=16, n_layer=1, n_head=2, dropout=0.1)
 
@@ -125,10 +129,10 @@ def test_two_half_batches_at_half_weight_equal_one_batch():
 
 
 def test_kept_bytes_are_those_of_the_first_step():
-    model, batch = GPT(TINY), next(counting())
-    expected = kept_bytes(model.loss(*batch), model)
-    history = train(model, SGD(model.trainable(), lr=0.01), itertools.repeat(batch), steps=2)
-    assert history.kept_bytes == expected > 0
+    model, batches = GPT(TINY), [next(counting(batch=batch)) for batch in (4, 2, 3)]
+    expected = kept_bytes(model.loss(*batches[0]), model)
+    history = train(model, SGD(model.trainable(), lr=0.01), batches, steps=3)
+    assert history.kept_bytes == expected > kept_bytes(model.loss(*batches[1]), model) > 0
 
 
 def test_history_gives_the_median_step_and_the_throughput():
@@ -137,6 +141,32 @@ def test_history_gives_the_median_step_and_the_throughput():
     history.seconds[:] = [9.0, 0.5, 0.25]
     assert history.seconds_per_step == 0.5
     assert history.tokens_per_second == 6 / 0.5
+
+
+def test_the_clock_runs_from_the_batch_to_the_step_and_not_in_the_callback(monkeypatch):
+    now = [0.0]
+
+    def tick(seconds):
+        now[0] += seconds
+
+    class Slow(Line):
+        def loss(self, x, y, rng=None):
+            tick(2.0)
+            return super().loss(x, y)
+
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    slow_batches = ((tick(50.0), batch)[1] for batch in points())
+    model = Slow()
+    history = train(model, SGD(model.trainable(), lr=0.1), slow_batches, 3, callback=lambda *_: tick(100.0))
+    assert history.seconds == [2.0, 2.0, 2.0]
+
+
+def test_freed_memory_is_kept_for_the_run(monkeypatch):
+    called = []
+    monkeypatch.setattr(module, "keep_heap", lambda: called.append(True))
+    model = Line()
+    train(model, SGD(model.trainable(), lr=0.1), points(), steps=2)
+    assert called == [True]
 
 
 def test_the_callback_sees_each_step_and_the_history_so_far():
@@ -275,6 +305,32 @@ def test_the_bar_shows_itself_on_request(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert "a line" in err and "/3" in err
+
+
+def test_the_bar_counts_every_step_and_shows_loss_and_throughput(monkeypatch):
+    seen = []
+
+    class Bar(contextlib.nullcontext):
+        def __enter__(self):
+            return self
+
+        def update(self):
+            seen.append("step")
+
+        def set_postfix_str(self, text, refresh):
+            assert not refresh  # tqdm draws when its time has come
+            seen.append(text)
+
+    def make(*args):
+        assert args == (2, "a line", None)
+        return Bar()
+
+    monkeypatch.setattr(module, "progress_bar", make)
+    model = Line()
+    history = train(model, SGD(model.trainable(), lr=0.1), points(), steps=2, label="a line")
+    speeds = [f"{6 / seconds:,.0f}" for seconds in history.seconds]
+    texts = [f"loss {loss:.3f}, {speed} tok/s" for loss, speed in zip(history.loss, speeds, strict=True)]
+    assert seen == ["step", texts[0], "step", texts[1]]
 
 
 def test_the_bar_shows_itself_on_a_terminal(monkeypatch):
