@@ -487,7 +487,8 @@ def with_new_method(tmp_path, monkeypatch):
     sys.modules.pop("minilora.methods.scale", None)
 
 
-def test_a_file_in_the_folder_is_a_method_everywhere(with_new_method, capsys):
+def test_a_file_in_the_folder_is_a_method_everywhere(with_new_method, tmp_path, capsys):
+    from minilora.checkpoint import save_model
     from minilora.cli import main
 
     assert "scale" in methods.names()
@@ -504,6 +505,14 @@ def test_a_file_in_the_folder_is_a_method_everywhere(with_new_method, capsys):
     assert main(["check", "scale"]) == 0
     assert main(["methods"]) == 0
     assert "scale: Scale: one number for each output" in capsys.readouterr().out
+    base, out = str(tmp_path / "tiny.npz"), str(tmp_path / "out")
+    save_model(base, GPT(GPTConfig(n_positions=32, n_embd=16, n_layer=1, n_head=2)))
+    assert (
+        main(["compare", "--base", base, "--methods", "scale", "lora", "--r", "2", "--steps", "2", "--out", out]) == 0
+    )
+    assert "| scale " in (tmp_path / "out" / "compare.md").read_text()
+    assert main(["diff", "full", "scale"]) == 0
+    assert "+ dc = Σ_N dy ∘ (x Wᵀ)" in capsys.readouterr().out
 
 
 @pytest.mark.quick

@@ -21,8 +21,6 @@ from minilora.data import corpora, rebuild
 from minilora.data.tokenizer import ALPHABET, CharTokenizer
 from minilora.errors import InputError
 
-pytestmark = pytest.mark.quick
-
 FOLDER = Path(corpora.__file__).parent
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 TABLE = re.findall(r"^\| `(\w+)` \|[^|]*\| (\d+) \| (\d+) \| `([0-9a-f]{64})` \|$", README, re.MULTILINE)

@@ -9,7 +9,6 @@ import pytest
 import minilora.ops
 from minilora.gradcheck import check_operations
 
-pytestmark = pytest.mark.quick
 SOURCE = Path(minilora.ops.__file__).read_text().split("\n")
 TAGGED = re.compile(r"  # .*\b(B\d+)\b")
 TARGET = re.compile(r"^(\s+)(?:xp\.add\.at\((\w+),|xp\.\w+\(.*out=([\w\[\]]+)\)|([\w\[\]]+) [-+*/]?= )")
