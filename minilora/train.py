@@ -11,6 +11,8 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from .backend import keep_heap
 from .engine import backward, no_grad
 from .errors import InputError, TrainingStopped
@@ -107,13 +109,15 @@ def restored_rate(optimizer):
 
 def training_step(model, optimizer, ids, targets, rng=None, history=None):
     """One step: (loss, gradient norm). Raises TrainingStopped before anything has moved."""
-    loss = model.loss(ids, targets, rng)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported below, in words
+        loss = model.loss(ids, targets, rng)
     value = float(loss.data)
     if not math.isfinite(value):
         raise TrainingStopped(f"the loss is {value}; lower the learning rate or look at the data")
     if history is not None and not history.loss:
         history.kept_bytes = kept_bytes(loss, model)
-    backward(loss)
+    with np.errstate(over="ignore", invalid="ignore"):
+        backward(loss)
     if history is not None and len(history.loss) == 2:  # in step 1 a zero is right: dA = 0 where B = 0
         warn_of_lost_gradients(model)
     norm = optimizer.step()

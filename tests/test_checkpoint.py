@@ -216,6 +216,15 @@ def test_method_options_and_layers_come_back_too(tmp_path):
     assert {(layer.method.r, layer.method.alpha) for layer in layers.values()} == {(3, 0.1)}
 
 
+def test_arrays_of_another_precision_take_the_models(tmp_path):
+    model = trained("lora")
+    save_adapter(tmp_path / "a", model, fingerprint(base()))
+    spoil_adapter(**{A: model.blocks[1].q.p.A.astype(np.float64)})(tmp_path / "a")
+    loaded = load_adapter(tmp_path / "a", base())
+    assert {p.dtype for _, p in loaded.named_parameters()} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(logits(loaded), logits(model))
+
+
 def test_an_adapter_file_holds_no_base_weights(tmp_path):
     save_adapter(tmp_path / "a", trained("lora"), fingerprint(base()))
     with safe_open(tmp_path / "a", framework="numpy") as file:

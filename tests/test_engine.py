@@ -280,6 +280,11 @@ def test_the_dtype_that_goes_in_comes_out(name, dtype):
     assert t.grad.dtype == dtype
 
 
+def test_an_array_keeps_its_own_dtype_and_is_not_cast_in_silence():
+    with pytest.raises(InputError, match="mul: all inputs need one dtype, got float32, float64"):
+        leaf(3, dtype=np.float32) * np.ones(3)
+
+
 @pytest.mark.parametrize("op", [operator.add, operator.sub, operator.mul])
 def test_an_array_on_the_left_is_a_constant(op):
     """NumPy would otherwise take the Tensor for one object per entry."""

@@ -124,6 +124,23 @@ def test_loss_is_the_cross_entropy_of_the_logits():
     assert gpt.loss(ids, targets).data == expected.data
 
 
+def test_initial_weights_are_gpt2s():
+    """Normal of deviation 0.02, by 1/√(2 n_layer) less where a layer writes to the residual stream."""
+    gpt = model(GPTConfig(vocab_size=96, n_positions=64, n_embd=64, n_layer=3, n_head=4))
+    for name, p in gpt.named_parameters():
+        if p.data.ndim == 1:
+            assert (p.data == (1.0 if name.endswith(".g") else 0.0)).all(), name
+        else:
+            std = 0.02 / math.sqrt(2 * 3) if name.endswith(("o.W", "down.W")) else 0.02
+            four_deviations = 4 / math.sqrt(2 * p.data.size)  # of a sample's standard deviation, relative to it
+            assert abs(p.data.std() / std - 1.0) < four_deviations, name
+
+
+def test_the_default_seed_is_zero():
+    np.testing.assert_array_equal(GPT(TINY).tokens.data, model(rng=0).tokens.data)
+    np.testing.assert_array_equal(model(rng=np.random.default_rng(0)).tokens.data, model(rng=0).tokens.data)
+
+
 def test_a_seed_is_a_model():
     same, other = model(rng=3), model(rng=4)
     for (name, a), (_, b), (_, c) in zip(*(m.named_parameters() for m in (model(rng=3), same, other)), strict=True):
@@ -354,6 +371,24 @@ def test_parameters_are_found_in_order_and_modules_by_path():
     pair = Pair()
     assert [name for name, _ in pair.named_parameters()] == ["layers.0.W", "layers.0.b", "layers.1.W", "scale"]
     assert dict(pair.named_modules()) == {"layers.0": pair.layers[0], "layers.1": pair.layers[1]}
+
+
+def test_after_step_reaches_every_module_below():
+    called = []
+
+    class Deep(Module):
+        def __init__(self, *below):
+            self.below, self.weight = list(below), Parameter(np.ones(1))
+
+        def after_step(self):
+            called.append(self)
+            super().after_step()
+
+    one, two = Deep(), Deep()
+    middle = Deep(one, two)
+    top = Deep(middle)
+    top.after_step()
+    assert called == [top, middle, one, two]
 
 
 def test_frozen_parameters_are_listed_but_not_trainable():

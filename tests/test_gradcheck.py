@@ -112,6 +112,18 @@ def test_an_error_in_the_blind_spot_shows_only_off_the_initial_point():
     assert all("constant factor 7:" in row.advice for row in rows(report, "A"))
 
 
+def test_a_method_is_checked_by_both_ways_unless_it_is_not_holomorphic():
+    assert {row.method for row in check_method(LoRA(r=3)).rows} == {"central", "complex"}
+    assert {row.method for row in check_method(LoRA(r=3), complex_step=False).rows} == {"central"}
+    stepped = type("Mutant", (LoRA,), {"holomorphic": False})(r=3)
+    assert {row.method for row in check_method(stepped).rows} == {"central"}
+
+
+def test_a_rank_that_does_not_fit_is_refused():
+    with pytest.raises(InputError, match=r"r=7 is larger than this layer allows, \(6, 7\): at most 6"):
+        check_method(LoRA(r=7))
+
+
 def test_a_method_that_forgets_a_gradient_or_returns_one_too_many_is_an_error():
     for mistake in (lambda dx, grads, *_: (dx, {"A": grads["A"]}), lambda dx, grads, *_: (dx, {**grads, "C": dx})):
         with pytest.raises(InputError, match=r"backward returns gradients for .*, trainable are \['A', 'B'\]"):
@@ -184,12 +196,13 @@ def test_a_gradient_of_zero_is_right_and_a_blind_spot():
     assert all("does not depend on this array" in row.advice for row in report.rows)
 
 
-def test_a_gradient_of_zero_that_only_rounding_hides_is_right_too():
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_a_gradient_of_zero_that_only_rounding_hides_is_right_too(size):
     """A row of a softmax sums to 1 whatever its scores: the numeric gradient is noise, with no scale of its own."""
 
     def rows_of_ones(x):
         e = np.exp(x - x.max(axis=1, keepdims=True))
-        return (e / e.sum(axis=1, keepdims=True)).sum()
+        return size * (e / e.sum(axis=1, keepdims=True)).sum()
 
     report = gradcheck(rows_of_ones, {"x": np.zeros((3, 4))}, {"x": POINT["x"]})
     assert report, report
@@ -316,7 +329,10 @@ def test_an_operation_with_a_wrong_backward_fails():
     right = Operation(double_forward, lambda need, dy, saved: (dy * saved.b, dy * saved.a))
     swapped = Operation(double_forward, lambda need, dy, saved: (dy * saved.a, dy * saved.b))
     arrays = {"a": normal(3), "b": normal(3, seed=1)}
-    assert check_operation(right, arrays)
+    report = check_operation(right, arrays)
+    assert report and report.title == "double"
+    assert {row.method for row in report.rows} == {"central", "complex"}
+    assert check_operation(right, arrays, "a title").title == "a title"
     assert not check_operation(swapped, arrays)
 
 

@@ -19,7 +19,7 @@ from minilora.gpt import GPT, GPTConfig
 from minilora.ledger import kept_bytes
 from minilora.nn import Module, Parameter
 from minilora.optim import SGD, AdamW, warmup_cosine
-from minilora.train import evaluate, progress_bar, train, training_step
+from minilora.train import LostGradientWarning, evaluate, progress_bar, train, training_step
 
 pytestmark = pytest.mark.quick
 
@@ -180,6 +180,33 @@ def test_the_callback_sees_each_step_and_the_history_so_far():
 
 def test_package_names_the_same_function():
     assert package_train is train
+
+
+class Cut(Line):
+    """A line with ``n`` more arrays that no loss depends on."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.lost = [Parameter(np.ones(1)) for _ in range(n)]
+
+
+@pytest.mark.parametrize(("n", "names"), [(1, "lost.0"), (5, "lost.0, lost.1, lost.2, lost.3, lost.4")])
+def test_arrays_that_receive_no_gradient_are_named_once(n, names):
+    model = Cut(n)
+    with pytest.warns(LostGradientWarning, match=f"^{names}: no gradient arrives") as caught:
+        train(model, SGD(model.trainable(), lr=0.1), points(), steps=5)
+    assert len(caught) == 1
+
+
+def test_many_arrays_without_a_gradient_are_counted():
+    model = Cut(7)
+    with pytest.warns(LostGradientWarning, match=r"^lost\.0, .*, lost\.4 and 2 more: no gradient arrives"):
+        train(model, SGD(model.trainable(), lr=0.1), points(), steps=3)
+
+
+def test_a_gradient_may_be_zero_in_the_first_two_steps():
+    model = Cut(1)
+    train(model, SGD(model.trainable(), lr=0.1), points(), steps=2)  # a warning would be an error here
 
 
 # -------------------------------------------------------------------------------- what stops it
