@@ -37,7 +37,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny"])
 parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lora"])
-parser.add_argument("--threads", type=int, choices=[1, 2], default=min(2, CORES), help="the same for both sides")
+parser.add_argument("--threads", type=int, choices=[1, 2], default=1, help="the same for both sides")
 parser.add_argument("--rounds", type=int, default=10, help="turns of each side")
 parser.add_argument("--steps-per-round", type=int, default=10, help="timed steps in a turn")
 parser.add_argument("--out", type=Path, help="write all that was measured to this JSON file")
@@ -56,8 +56,8 @@ try:
     from torch import nn
 
     import minilora
-    from minilora.adapter import adapted_layers
     from minilora.backend import keep_heap
+    from minilora.surgery import adapted_layers
     from minilora.train import training_step
 except ImportError as error:
     install = ".bench/bin/pip install torch==2.13.0 peft threadpoolctl ."

@@ -7,13 +7,14 @@ minilora.train(model, optimizer, batches, steps=200)
 """
 
 from . import elementary, methods, ops  # elementary gives Tensor its operators
-from .adapter import Adapter, adapt, count_parameters, merge, merge_and_unload, unload, unmerge
+from .adapter import Adapter
 from .checkpoint import pretrained
 from .engine import Tensor, backward, no_grad
 from .errors import InputError, TrainingStopped
 from .gpt import GPT, GPTConfig
 from .ledger import kept_bytes, ledger
 from .optim import SGD, AdamW
+from .surgery import adapt, count_parameters, merge, merge_and_unload, unload, unmerge
 from .train import evaluate, train
 
 __version__ = "0.1.0"

@@ -5,9 +5,9 @@ import re
 import sys
 
 from . import methods
-from .adapter import adapt, count_parameters
 from .claims import Trial, verdicts
 from .gpt import GPT, GPTConfig
+from .surgery import adapt, count_parameters
 
 
 def catalogue() -> list[dict]:

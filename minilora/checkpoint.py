@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .adapter import adapt, adapted_layers, unload
 from .backend import array_module, to_device, to_host
 from .errors import InputError, nearest
 from .gpt import GPT, GPTConfig
+from .surgery import adapt, adapted_layers, unload
 
 FORMAT = "minilora adapter 1"
 CONFIG = "config"  # the .npz member that holds the GPTConfig as JSON text

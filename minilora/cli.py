@@ -188,9 +188,9 @@ def run_methods(args):
 
 def adapted_step(method, batch):
     """The shipped model with ``method``, and a batch (ids, targets) of the Folio."""
-    from .adapter import adapt
     from .checkpoint import pretrained
     from .data import CharTokenizer, fixed_batches, load_corpus
+    from .surgery import adapt
 
     adapter = methods.create(method)
     model = pretrained()

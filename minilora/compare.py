@@ -13,12 +13,12 @@ from importlib import resources
 import numpy as np
 
 from . import methods
-from .adapter import adapt, count_parameters, plan
 from .backend import device_module
 from .checkpoint import load_model, pretrained, writable_folder, write_atomically
 from .data import CharTokenizer, fixed_batches, load_corpus, random_batches, split_text
 from .errors import InputError
 from .optim import AdamW, check_positive
+from .surgery import adapt, count_parameters, plan
 from .train import evaluate, train
 
 ROW_KEYS = [

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .adapter import adapt
 from .checkpoint import fingerprint, load_model, pretrained, save_adapter, writable_folder, write_atomically
 from .compare import PROMPT, learning_rate, side_by_side
 from .data import CharTokenizer, fixed_batches, load_corpus, random_batches, read_text_file, split_text
 from .errors import TrainingStopped
 from .optim import AdamW, check_positive
+from .surgery import adapt
 from .train import evaluate, train
 
 

@@ -3,6 +3,7 @@
 One JSON line per run, on the disk before the next is looked at: a sweep that was stopped goes on where it stopped.
 """
 
+import asyncio
 import json
 import math
 import os
@@ -22,11 +23,11 @@ from statistics import fmean, median, stdev
 import numpy as np
 
 from . import methods, plots
-from .adapter import count_parameters, plan
 from .checkpoint import fingerprint, writable_folder, write_atomically
 from .compare import Task, tune
 from .errors import InputError, TrainingStopped
 from .optim import check_positive
+from .surgery import count_parameters, plan
 from .train import progress_bar
 
 MARK = b'{"minilora_sweep": 1, '  # every line starts with it, so that half a line is known for ours as well
@@ -92,9 +93,9 @@ def execute(run: Run) -> dict:
 
 
 def sweep(runs, executor, path, report=print, retry_failed=False, ahead=math.inf, progress=None) -> list:
-    """Do those ``runs`` that the file ``path`` lacks, on any concurrent.futures.Executor; all lines of the file.
-    Half a last line is cut off. At most ``ahead`` runs are handed over at a time, and Ctrl-C cancels these. Raises
-    InputError, with nothing written, for a file that is not a sweep's, or whose runs cannot be compared with these.
+    """Do the ``runs`` that the file lacks, ``ahead`` at a time, on any concurrent.futures.Executor; all its lines.
+
+    Raises InputError, with nothing written, for a file that is not a sweep's, or not of runs comparable with these.
     """
     lines, size = read(path)
     settings = {(of["steps"], of["batch"], of["base"]) for of in [*lines.values(), *map(asdict, runs)]}
@@ -198,14 +199,15 @@ def _start_worker():
 def cluster(address):
     """The executor of the Dask cluster at ``address``. Raises InputError where none can be reached."""
     try:
-        from distributed import Client
+        import distributed
 
-        client = Client(address, timeout=5, set_as_default=False)
+        # A Client that cannot connect leaves threads behind, so knock first.
+        asyncio.run(asyncio.wait_for(distributed.comm.connect(address, timeout=3), 4)).abort()
     except ImportError:
         raise InputError('--dask needs the package "distributed": pip install "minilora[dask]"') from None
     except (OSError, ValueError) as error:
-        raise InputError(f'no Dask scheduler answers at "{address}": {error}') from error
-    with client:
+        raise InputError(f'no Dask scheduler answers at "{address}": {str(error) or "timed out"}') from error
+    with distributed.Client(address, set_as_default=False) as client:
         yield client.get_executor(pure=False)  # pure: one run of two sweeps would be trained once
 
 
@@ -253,8 +255,7 @@ def record(lines, path, allow_edge=False):
             raise InputError(f"record: {name} lacks seeds at some rates, or failed at every rate; sweep on")
         if None in (below, above) and not allow_edge:
             raise InputError(f"{name} is best at the edge of the grid, {rates[name]:g}; sweep beyond, or --allow-edge")
-    text = json.dumps({"default": median(rates.values()), "methods": rates}, indent=2) + "\n"
-    write_atomically(path, text.encode())
+    write_atomically(path, json.dumps({"default": median(rates.values()), "methods": rates}, indent=2).encode() + b"\n")
 
 
 def add_arguments(parser):

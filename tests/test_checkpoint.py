@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from minilora import checkpoint, methods
-from minilora.adapter import adapt, adapted_layers, merge_and_unload
 from minilora.checkpoint import (
     fingerprint,
     load_adapter,
@@ -27,6 +26,7 @@ from minilora.engine import no_grad
 from minilora.errors import InputError
 from minilora.gpt import GPT, GPTConfig
 from minilora.optim import AdamW
+from minilora.surgery import adapt, adapted_layers, merge_and_unload
 from minilora.train import train
 
 TINY = GPTConfig(vocab_size=11, n_positions=8, n_embd=16, n_layer=2, n_head=2)

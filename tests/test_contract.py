@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import GPT, AdamW, GPTConfig, Tensor, adapt, backward, merge, merge_and_unload, methods, no_grad, unmerge
-from minilora.adapter import AdaptedLinear, adapted_layers
+from minilora.adapter import AdaptedLinear
 from minilora.engine import Saved
 from minilora.gradcheck import check_method, method_point
 from minilora.nn import Linear
+from minilora.surgery import adapted_layers
 from minilora.train import train
 
 METHODS = methods.names()

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from minilora import adapt, methods
-from minilora.adapter import adapted_layers
 from minilora.claims import Trial
 from minilora.engine import Saved
 from minilora.nn import Linear, Module
+from minilora.surgery import adapted_layers
 
 pytestmark = pytest.mark.quick
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from minilora import ops
-from minilora.adapter import adapt, adapted_layers
 from minilora.engine import Tensor, backward, no_grad
 from minilora.errors import InputError
 from minilora.gpt import GPT, GPTConfig, sample
 from minilora.gradcheck import check_model
 from minilora.nn import Linear, Module, Parameter
+from minilora.surgery import adapt, adapted_layers
 
 TINY = GPTConfig(vocab_size=7, n_positions=6, n_embd=8, n_layer=2, n_head=2)
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from minilora import gradcheck as module
-from minilora.adapter import adapt
 from minilora.engine import Operation, Tensor
 from minilora.errors import InputError
 from minilora.gpt import GPT, GPTConfig
@@ -24,6 +23,7 @@ from minilora.gradcheck import (
 from minilora.methods.lora import LoRA
 from minilora.nn import Module, Parameter
 from minilora.optim import SGD
+from minilora.surgery import adapt
 
 pytestmark = pytest.mark.quick
 

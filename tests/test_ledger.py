@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from minilora import ops
-from minilora.adapter import adapt
 from minilora.engine import Operation, Tensor, backward, nodes_of
 from minilora.gpt import GPT, GPTConfig
 from minilora.ledger import Entry, by_operation, kept_bytes, ledger, owner
 from minilora.nn import LayerNorm, Linear, Module, Parameter
 from minilora.optim import SGD
+from minilora.surgery import adapt
 
 CONFIG = GPTConfig(vocab_size=96, n_positions=64, n_embd=64, n_layer=2, n_head=4)
 IDS, TARGETS = np.random.default_rng(0).integers(0, 96, (2, 8, 64))

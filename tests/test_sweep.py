@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -484,10 +485,20 @@ def test_a_cluster_that_cannot_be_reached_is_one_clear_sentence(base, out, monke
         patch.setitem(sys.modules, "distributed", None)  # importing it raises ImportError
         command(*argv, "tcp://127.0.0.1:1")
     pytest.importorskip("distributed", reason="the extra dask is not installed")
-    for address in ("tcp://127.0.0.1:1", "nonsense://127.0.0.1:1"):
-        with pytest.raises(InputError, match="no Dask scheduler answers at"):
-            command(*argv, address)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # something listens there, and is no scheduler
+        port = silent.getsockname()[1]
+        for address in (f"tcp://127.0.0.1:{port}", "nonsense://127.0.0.1:1", "127.0.0.1"):
+            with pytest.raises(InputError, match=r"no Dask scheduler answers at .*: \w"):
+                command(*argv, address)
     assert not out.exists()
+
+
+def test_a_refused_connection_leaves_no_noise_at_exit(base, out):
+    pytest.importorskip("distributed", reason="the extra dask is not installed")
+    with process("--base", base, "--methods", "full", "--dask", "tcp://127.0.0.1:1", "--out", out) as refused:
+        _, errors = refused.communicate(timeout=120)
+    assert errors.rstrip().splitlines()[-1].startswith("minilora.errors.InputError: no Dask scheduler answers")
+    assert "Exception ignored" not in errors
 
 
 # ------------------------------------------------------------------------------------------- the report and the record

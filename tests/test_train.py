@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from minilora import train as package_train
-from minilora.adapter import adapt
 from minilora.engine import Tensor, backward, record
 from minilora.errors import InputError, TrainingStopped
 from minilora.gpt import GPT, GPTConfig
 from minilora.ledger import kept_bytes
 from minilora.nn import Module, Parameter
 from minilora.optim import SGD, AdamW, warmup_cosine
+from minilora.surgery import adapt
 from minilora.train import LostGradientWarning, evaluate, progress_bar, train, training_step
 
 pytestmark = pytest.mark.quick

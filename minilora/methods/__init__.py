@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import pkgutil
 
+from ..adapter import Adapter
 from ..errors import InputError, nearest
 
 
@@ -17,8 +18,6 @@ def names() -> list[str]:
 
 def get(name: str) -> type:
     """The Adapter class of the method ``name``. Raises InputError with the nearest name for an unknown one."""
-    from ..adapter import Adapter
-
     if name not in names():
         raise InputError(f'unknown method "{name}"{nearest(name, names())}; there are {", ".join(names())}')
     module = importlib.import_module(f"{__name__}.{name}")

@@ -25,7 +25,7 @@ from conftest import (
 
 import minilora
 from minilora import methods
-from minilora.adapter import adapted_layers
+from minilora.surgery import adapted_layers
 
 REASON = "needs torch and PEFT: pip install 'minilora[oracle]'"
 torch = pytest.importorskip("torch", reason=REASON)

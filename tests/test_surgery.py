@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from minilora import GPT, AdamW, GPTConfig, InputError, Tensor, adapt, count_parameters, methods
-from minilora.adapter import adapted_layers, match_targets
 from minilora.nn import Linear, Module
+from minilora.surgery import adapted_layers, match_targets
 from minilora.train import training_step
 
 pytestmark = pytest.mark.quick
