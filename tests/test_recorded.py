@@ -45,3 +45,16 @@ def test_the_recorded_comparison_has_every_method_and_its_page_is_made_from_it()
     before = result["samples"].pop("before")
     assert not any(word in before for word in folio)
     assert all(any(word in text for word in folio) for text in result["samples"].values())
+
+
+def test_what_the_readme_says_the_comparison_shows():
+    rows = {row["method"]: row for row in json.loads((DOCS / "compare.json").read_text())["rows"]}
+    b, a = ({name: row[key] for name, row in rows.items()} for key in ("loss_b_after", "loss_a_after"))
+    assert min(b, key=b.get) == max(a, key=a.get) == "full"
+    assert b["lora"] - b["full"] < 0.02 and a["lora"] < a["full"]
+    assert round(b["lora"] - b["dora"], 3) == 0.007
+    assert b["delta_lora"] > b["delta_lora_control"] and b["lora_plus"] > b["lora"] - 0.001
+    assert 0.6 < rows["lora_fa"]["kept_bytes"] / rows["lora"]["kept_bytes"] < 0.7
+    assert abs(b["lora_fa"] - b["lora_fa_corrected"]) < 0.005
+    assert rows["lora"]["trainable"] == 12 * rows["vera"]["trainable"] and max(b, key=b.get) == "vera"
+    assert 1.25 < rows["dora"]["seconds_per_step"] / rows["lora"]["seconds_per_step"] < 1.4
