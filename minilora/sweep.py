@@ -201,8 +201,7 @@ def cluster(address):
     try:
         import distributed
 
-        # A Client that cannot connect leaves threads behind, so knock first.
-        asyncio.run(asyncio.wait_for(distributed.comm.connect(address, timeout=3), 4)).abort()
+        asyncio.run(asyncio.wait_for(distributed.comm.connect(address, timeout=3), 4)).abort()  # a Client would linger
     except ImportError:
         raise InputError('--dask needs the package "distributed": pip install "minilora[dask]"') from None
     except (OSError, ValueError) as error:
