@@ -127,6 +127,8 @@ def test_the_owner_of_a_view_of_a_view():
     assert owner(a) is a
     assert owner(a.reshape(4, 6)[1:].T[::2]) is a
     assert owner(np.broadcast_to(a[:1], (1000, 1))) is a
+    of_bytes = np.frombuffer(bytes(16))  # what owns its memory is no array, so it is the last that counts
+    assert owner(of_bytes[1:]) is of_bytes
 
 
 def test_the_models_own_parameters_count_nowhere():
@@ -177,7 +179,7 @@ def test_sums_by_operation_are_in_falling_order():
 
 def test_what_an_operation_says_it_keeps_is_what_is_counted():
     def hoard_forward(need, x):
-        return x + 0.0, {"pile": np.ones(123), "none": None, "number": 3.0, "shape": (3, 4)}
+        return x + 0.0, {"pile": np.ones(123), "none": None, "number": 3.0, "scalar": np.float64(3.0), "shape": (3, 4)}
 
     hoard = Operation(hoard_forward, lambda need, dy, saved: (dy,))
     assert ledger(hoard(leaf(2))) == [Entry("hoard", "pile", (123,), 123 * 8)]

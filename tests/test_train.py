@@ -11,7 +11,6 @@ import types
 import numpy as np
 import pytest
 
-from minilora import train as package_train
 from minilora.engine import Tensor, backward, record
 from minilora.errors import InputError, TrainingStopped
 from minilora.gpt import GPT, GPTConfig
@@ -176,10 +175,6 @@ def test_the_callback_sees_each_step_and_the_history_so_far():
     assert [(step, n) for step, n, _ in seen] == [(0, 1), (1, 2), (2, 3)]
     np.testing.assert_array_equal(seen[-1][2], model.w.data)  # after the step
     assert not np.array_equal(seen[0][2], seen[1][2])
-
-
-def test_package_names_the_same_function():
-    assert package_train is train
 
 
 class Cut(Line):
