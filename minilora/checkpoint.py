@@ -77,8 +77,8 @@ def load_model(path) -> GPT:
         raise InputError(f'"{path}" is not a model file that save_model() wrote: {error}') from error
     try:
         config = GPTConfig(**json.loads(str(members.pop(CONFIG))))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise InputError(f'"{path}" holds no model configuration ({error!r})') from error
+    except (KeyError, TypeError, ValueError) as error:  # InputError and JSONDecodeError are ValueErrors
+        raise InputError(f'"{path}" holds no model configuration that can be used ({error})') from error
     model = GPT(config, dtype=next((a.dtype for a in members.values() if a.dtype.kind == "f"), np.float32))
     assign(dict(model.named_parameters()), members, path)
     return model
@@ -155,7 +155,10 @@ def load_adapter(path, model: GPT) -> GPT:
             f'"{path}" was trained on another base model; load that one first (--base on the command line)'
         )
     before = [(p, p.node) for _, p in model.named_parameters()]
-    adapt(model, method, layers, verbose=False, **options)
+    try:
+        adapt(model, method, layers, verbose=False, **options)
+    except InputError as error:  # nothing has been changed then
+        raise InputError(f'"{path}": {error}') from error
     try:
         assign(adapter_arrays(model), arrays, path)
     except InputError:

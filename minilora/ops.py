@@ -154,7 +154,7 @@ def attention_forward(need, q, k, v, *, batch, heads):
     F1  S = k qᵀ / √e, and −∞ where a query would see a later position    (T, Tq)
     F2  P = softmax_T S                                                   (T, Tq)
     F3  y = Pᵀ v                                                          (Tq, e)
-    Kept: q, k, v, P.
+    Kept: q, k, v, P, whichever gradients are wanted: a network nearly always wants all three, and they share work.
     """
     xp = array_module(q)
     if q.ndim != 2 or k.ndim != 2 or k.shape != v.shape or q.shape[1] != k.shape[1] or len(q) > len(k):

@@ -49,7 +49,7 @@ class Optimizer:
             norm = math.sqrt(float(self.grad @ self.grad))
         if not math.isfinite(norm):
             self.grad.fill(0.0)  # so that training may go on, with another batch or a lower rate
-            raise TrainingStopped(f"the gradient's norm is {norm}; lower the learning rate or clip the gradient")
+            raise TrainingStopped(f"the gradient's norm is {norm}; lower the learning rate")
         if self.clip is not None and norm > self.clip:
             self.grad *= self.clip / norm
         if self.weight_decay:

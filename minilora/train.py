@@ -18,6 +18,7 @@ from .engine import backward, no_grad
 from .errors import InputError, TrainingStopped
 from .ledger import kept_bytes
 from .nn import Module
+from .ops import IGNORE_INDEX
 from .optim import Optimizer, check_positive, warmup_cosine
 
 
@@ -134,12 +135,13 @@ def warn_of_lost_gradients(model) -> None:
 
 
 def evaluate(model: Module, batches) -> float:
-    """Mean loss in nats per token over ``batches``, a list of (ids, targets); nothing is recorded or dropped out."""
+    """Mean loss in nats per counted target over ``batches``, a list of (ids, targets); nothing is recorded."""
     total = count = 0
     with no_grad():
         for ids, targets in batches:
-            total += float(model.loss(ids, targets).data) * ids.size
-            count += ids.size
+            counted = int((targets != IGNORE_INDEX).sum())
+            total += float(model.loss(ids, targets).data) * counted
+            count += counted
     if not count:
         raise InputError("evaluate: there are no batches to evaluate on")
     return total / count

@@ -389,3 +389,10 @@ def test_a_folder_without_permission_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.Path, "touch", lambda self: (_ for _ in ()).throw(PermissionError(13, "denied")))
     with pytest.raises(InputError, match=r"cannot write to the folder .*: denied"):
         writable_folder(tmp_path)
+
+
+def test_a_configuration_that_cannot_be_used_names_the_file(tmp_path):
+    path = tmp_path / "odd.npz"
+    np.savez(path, config='{"n_head": 3, "n_embd": 16}', tokens=np.zeros((2, 2), np.float32))
+    with pytest.raises(InputError, match=r"odd\.npz.*n_embd 16 is not a multiple of n_head 3"):
+        load_model(path)

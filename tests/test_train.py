@@ -360,3 +360,12 @@ def test_the_bar_shows_itself_on_a_terminal(monkeypatch):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
         with progress_bar(3, "label") as bar:
             assert bar.disable is not terminal
+
+
+def test_a_target_that_is_ignored_has_no_weight_in_the_mean():
+    """Two batches of unequal counts: the mean is that over all counted targets at once."""
+    gpt = GPT(GPTConfig(7, 6, 8, 1, 2), dtype=np.float64)
+    ids, targets = np.arange(24).reshape(4, 6) % 7, np.arange(1, 25).reshape(4, 6) % 7
+    targets[0, 1:] = -100
+    whole = evaluate(gpt, [(ids, targets)])
+    assert evaluate(gpt, [(ids[:1], targets[:1]), (ids[1:], targets[1:])]) == pytest.approx(whole, rel=1e-12)
