@@ -90,6 +90,11 @@ def pretrained() -> GPT:
         return load_model(path)
 
 
+def load_base(path=None) -> GPT:
+    """The model of ``path``, or the shipped one where none is given."""
+    return pretrained() if path is None else load_model(path)
+
+
 def fingerprint(model: GPT) -> str:
     """SHA-256 over the base model's arrays, by which an adapter knows the model that it was trained on."""
     digest = hashlib.sha256()

@@ -73,6 +73,7 @@ def build_parser(argv) -> argparse.ArgumentParser:
     method_flags(p, argv)
 
     from . import sweep
+    from .compare import PROMPT
 
     p = command(
         "sweep", sweep.run_sweep, "Method × rank × alpha × learning rate × seed, on processes or a Dask cluster."
@@ -86,7 +87,7 @@ def build_parser(argv) -> argparse.ArgumentParser:
 
     p = command("generate", run_generate, "Write text with the base model, or with an adapter that train saved.")
     p.add_argument("--adapter", metavar="DIR", help="folder of a train run")
-    p.add_argument("--prompt", default="Enter Macbeth and his Lady.\n\n", help="text to go on from")
+    p.add_argument("--prompt", default=PROMPT, help="text to go on from")
     p.add_argument("--tokens", type=int, default=400, help="characters to write")
     p.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
     p.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest characters only")
@@ -166,12 +167,12 @@ def run_pretrain(args):
 def run_generate(args):
     import numpy as np
 
-    from .checkpoint import load_adapter, load_model, pretrained
+    from .checkpoint import load_adapter, load_base
     from .data import CharTokenizer
 
     tokenizer = CharTokenizer()
     ids = tokenizer.encode(args.prompt)[None]
-    model = pretrained() if args.base is None else load_model(args.base)
+    model = load_base(args.base)
     if args.adapter is not None:
         load_adapter(f"{args.adapter}/adapter.safetensors", model)
     rng = np.random.default_rng(args.seed)

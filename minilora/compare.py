@@ -14,7 +14,7 @@ import numpy as np
 
 from . import methods
 from .backend import device_module
-from .checkpoint import load_model, pretrained, writable_folder, write_atomically
+from .checkpoint import load_base, writable_folder, write_atomically
 from .data import CharTokenizer, fixed_batches, load_corpus, random_batches, split_text
 from .errors import InputError
 from .optim import AdamW, check_positive
@@ -39,7 +39,7 @@ class Task:
     def __init__(self, base=None, device="cpu", selection=False):
         device_module(device)
         self.device, self.tokenizer = device, CharTokenizer()
-        self.load = (lambda: pretrained()) if base is None else (lambda: load_model(base))
+        self.load = lambda: load_base(base)
         self.model = self.load().to(device)
         a, b, context = load_corpus("modern"), load_corpus("folio"), self.model.config.n_positions
         b = split_text(b.train) if selection else b
@@ -52,10 +52,11 @@ class Task:
         """Held-out loss on A and on B, in nats per character."""
         return evaluate(model, self.held_out_a), evaluate(model, self.held_out_b)
 
-    def write(self, model, seed, prompt=PROMPT) -> str:
-        """A sample of text; one seed for all models, so that only the weights differ."""
-        ids = self.tokenizer.encode(prompt)[None]
-        return self.tokenizer.decode(model.generate(ids, SAMPLE_TOKENS, 0.6, top_k=20, rng=seed)[0])
+
+def write_sample(model, tokenizer, seed, prompt=PROMPT) -> str:
+    """What the model writes after ``prompt``; one seed for all models, so that only the weights differ."""
+    ids = tokenizer.encode(prompt)[None]
+    return tokenizer.decode(model.generate(ids, SAMPLE_TOKENS, 0.6, top_k=20, rng=seed)[0])
 
 
 def learning_rate(method: str) -> float:
@@ -96,7 +97,7 @@ def compare(
     names = methods.names() if names is None else list(dict.fromkeys(names))
     given = {key: value for key, value in {"r": r, "alpha": alpha}.items() if value is not None}
     chosen = [methods.create(n, **methods.known(n, **given)) for n in names]
-    check_positive(zero_allowed=False, steps=steps, batch=batch, **({} if lr is None else {"lr": lr}))
+    check_positive(steps=steps, batch=batch, lr=lr)
     if not names:
         raise InputError(f"compare: no method was named; there are {', '.join(methods.names())}")
     task = Task(base, device)
@@ -105,14 +106,14 @@ def compare(
     folder = writable_folder(out)
 
     loss_a, loss_b = task.losses(task.model)
-    samples, rows, curves = {"before": task.write(task.model, seed)}, [], {}
+    rates = {name: learning_rate(name) if lr is None else lr for name in names}
+    samples, rows, curves = {"before": write_sample(task.model, task.tokenizer, seed)}, [], {}
     report(f"Base model: {loss_a:.3f} on modern spelling (A), {loss_b:.3f} on the Folio (B), nats per character.")
     for name, method in zip(names, chosen, strict=True):
-        rate = learning_rate(name) if lr is None else lr
-        model, history, curves[name] = tune(task, method, steps, rate, batch, seed, progress)
+        model, history, curves[name] = tune(task, method, steps, rates[name], batch, seed, progress)
         trainable, total = count_parameters(model)
         after_a, after_b = task.losses(model)
-        samples[name] = task.write(model, seed)
+        samples[name] = write_sample(model, task.tokenizer, seed)
         values = [name, trainable, 100 * trainable / total, loss_b, after_b, loss_a, after_a, history.kept_bytes,
                   history.seconds_per_step, history.tokens_per_second, steps, seed]  # fmt: skip
         rows.append(dict(zip(ROW_KEYS, values, strict=True)))
@@ -122,7 +123,7 @@ def compare(
         "settings": {
             "options": {m.name: asdict(m) for m in chosen}, "batch": batch,
             "context": task.model.config.n_positions, "device": device,
-            "learning_rates": {n: learning_rate(n) if lr is None else lr for n in names},
+            "learning_rates": rates,
             "prompt": PROMPT, "date": date.today().isoformat(),
             "python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine(),
         },

@@ -153,7 +153,7 @@ def gradients(loss: Tensor, dy=None) -> dict[Node, object]:
         raise InputError(f"backward: dy is {dy.dtype}{dy.shape}, the result is {loss.dtype}{loss.shape}")
     order = nodes_of(loss)
     if any(node.vjp is _spent for node in order):
-        raise RuntimeError("backward went through this graph before and freed it; run the forward pass again")
+        _spent()
     arriving, leaves = {loss.node: dy}, {}
     while order:
         node = order.pop()
@@ -168,5 +168,5 @@ def gradients(loss: Tensor, dy=None) -> dict[Node, object]:
     return leaves
 
 
-def _spent(dy, saved):
+def _spent(*_):
     raise RuntimeError("backward went through this graph before and freed it; run the forward pass again")

@@ -1,12 +1,11 @@
 """``minilora train``: one method, on the Folio or on the user's own text, to an adapter in a file."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import fingerprint, load_model, pretrained, save_adapter, writable_folder, write_atomically
-from .compare import PROMPT, learning_rate, side_by_side
+from .checkpoint import fingerprint, load_base, save_adapter, writable_folder, write_atomically
+from .compare import PROMPT, learning_rate, side_by_side, write_sample
 from .data import CharTokenizer, fixed_batches, load_corpus, random_batches, read_text_file, split_text
 from .errors import TrainingStopped
 from .optim import AdamW, check_positive
@@ -23,15 +22,15 @@ def finetune(
     ``data``: a text file, whose end is held out; the Folio by default. Raises InputError before any training for
     input that cannot be used; TrainingStopped at a loss that is not finite, with the last good state saved.
     """
-    check_positive(steps=steps, batch=batch, **({} if lr is None else {"lr": lr}))
+    check_positive(steps=steps, batch=batch, lr=lr)
     check_positive(zero_allowed=True, warmup=warmup)
     corpus = load_corpus("folio") if data is None else split_text(read_text_file(data, replace))
-    model, tokenizer = pretrained() if base is None else load_model(base), CharTokenizer()
+    model, tokenizer = load_base(base), CharTokenizer()
     context, rng = model.config.n_positions, np.random.default_rng(seed)
     batches = random_batches(tokenizer.encode(corpus.train), batch, context, rng)
     held_out = fixed_batches(tokenizer.encode(corpus.val), 32, context, limit=128)
     prompt = PROMPT if data is None else corpus.val[:32]
-    write = lambda: tokenizer.decode(model.generate(tokenizer.encode(prompt)[None], 320, 0.6, 20, rng=seed)[0])
+    write = lambda: write_sample(model, tokenizer, seed, prompt)
     mark = fingerprint(model)
     adapt(model.to(device), method, targets, seed)
     rate = learning_rate(method.name) if lr is None else lr
@@ -50,7 +49,7 @@ def finetune(
     after = evaluate(model, held_out)
     record = {"loss": history.loss, "lr": history.lr, "grad_norm": history.grad_norm, "seconds": history.seconds,
               "held_out_before": before, "held_out_after": after}  # fmt: skip
-    write_atomically(Path(folder) / "history.json", json.dumps(record).encode())
+    write_atomically(folder / "history.json", json.dumps(record).encode())
     report(f"Held-out loss {before:.3f} → {after:.3f} nats per character, {steps} steps, "
            f"{history.seconds_per_step * 1e3:.0f} ms each.\n")  # fmt: skip
     report(side_by_side("before", sample, "after", write()))

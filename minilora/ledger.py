@@ -33,12 +33,16 @@ def ledger(result: Tensor, model=None) -> list[Entry]:
     An array that several operations keep counts at the first; a model's own parameters count nowhere.
     """
     seen = {id(owner(p.data)) for _, p in model.named_parameters()} if model is not None else set()
+    return [entry for node in nodes_of(result) for entry in entries_of(node, seen)]
+
+
+def entries_of(node, seen: set) -> list[Entry]:
+    """What one node keeps; ``seen`` holds the ids of the owners counted so far, and takes this node's."""
     entries = []
-    for node in nodes_of(result):
-        for name, value in arrays_of(node.saved):
-            array = owner(value)
-            entries.append(Entry(node.name, name, value.shape, 0 if id(array) in seen else array.nbytes))
-            seen.add(id(array))
+    for name, value in arrays_of(node.saved):
+        array = owner(value)
+        entries.append(Entry(node.name, name, value.shape, 0 if id(array) in seen else array.nbytes))
+        seen.add(id(array))
     return entries
 
 

@@ -23,7 +23,7 @@ class Optimizer:
     def __init__(self, params: dict, lr: float, weight_decay=0.0, clip=None):
         if not params:
             raise InputError("optimizer: there is nothing to train; every parameter is frozen")
-        check_positive(lr=lr, **({} if clip is None else {"clip": clip}))
+        check_positive(lr=lr, clip=clip)
         check_positive(zero_allowed=True, weight_decay=weight_decay)
         tensors = list(params.values())
         if len({t.dtype for t in tensors}) > 1:
@@ -129,8 +129,10 @@ def _spread(xp, values, tensors, dtype):
 
 
 def check_positive(zero_allowed=False, **values):
-    """Raise InputError for a named value that is not a finite number above 0 (or at least 0)."""
+    """Raise InputError for a named value that is not a finite number above 0 (or at least 0); None is not given."""
     for name, value in values.items():
+        if value is None:
+            continue
         if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
             raise InputError(f"{name} is {value}; it must be finite and {'at least' if zero_allowed else 'above'} 0")
 

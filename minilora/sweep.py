@@ -3,7 +3,6 @@
 One JSON line per run, on the disk before the next is looked at: a sweep that was stopped goes on where it stopped.
 """
 
-import asyncio
 import json
 import math
 import os
@@ -23,7 +22,7 @@ from statistics import fmean, median, stdev
 import numpy as np
 
 from . import methods, plots
-from .checkpoint import fingerprint, writable_folder, write_atomically
+from .checkpoint import fingerprint, load_base, writable_folder, write_atomically
 from .compare import Task, tune
 from .errors import InputError, TrainingStopped
 from .optim import check_positive
@@ -64,7 +63,7 @@ def grid(names, ranks, alphas, rates, seeds, steps, batch, base=None) -> list[Ru
         if not values or len(set(values)) < len(values):
             raise InputError(f"sweep: {what} is {list(values)}; give at least one value, and each value once")
     path, runs = base and str(Path(base).resolve()), {}  # a worker may have another working directory
-    model = Task(path).model
+    model = load_base(path)
     for name, r, alpha, rate, seed in product(names, ranks, alphas, rates, seeds):
         check_positive(lr=rate, steps=steps, batch=batch)
         check_positive(zero_allowed=True, seed=seed)
@@ -100,7 +99,7 @@ def sweep(runs, executor, path, report=print, retry_failed=False, ahead=math.inf
     lines, size = read(path)
     settings = {(of["steps"], of["batch"], of["base"]) for of in [*lines.values(), *map(asdict, runs)]}
     models = {line["base_sha256"] for line in lines.values() if "loss_b" in line}
-    if len(settings) > 1 or len(models | {fingerprint(Task(run.base).model) for run in runs[:1]}) > 1:
+    if len(settings) > 1 or len(models | {fingerprint(load_base(run.base)) for run in runs[:1]}) > 1:
         raise InputError(f'"{path}" holds runs with other steps, batch or base model; choose another file with --out')
     writable_folder(Path(path).parent)
     if os.path.exists(path) and not os.access(path, os.W_OK):
@@ -199,6 +198,8 @@ def _start_worker():
 def cluster(address):
     """The executor of the Dask cluster at ``address``. Raises InputError where none can be reached."""
     try:
+        import asyncio  # here alone: it would cost every command a thirtieth of a second
+
         import distributed
 
         asyncio.run(asyncio.wait_for(distributed.comm.connect(address, timeout=3), 4)).abort()  # a Client would linger

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .engine import backward, nodes_of
-from .ledger import arrays_of, owner
+from .ledger import arrays_of, entries_of, owner
 
 
 @dataclass
@@ -36,12 +36,9 @@ def trace(model, ids, targets) -> list[Step]:
     for node in nodes_of(loss):
         if node.vjp is None:
             continue
-        arrays = dict(arrays_of(node.saved))
-        owners = {id(owner(a)): owner(a).nbytes for a in arrays.values()}
         layers = {names[id(p)].partition(".arrays.")[0] for p in node.parents if id(p) in names}
-        kept = sum(size for key, size in owners.items() if key not in seen)
-        step = Step(node.name, ", ".join(sorted(layers)), arrays, kept)
-        seen |= owners.keys()
+        kept = sum(entry.nbytes for entry in entries_of(node, seen))
+        step = Step(node.name, ", ".join(sorted(layers)), dict(arrays_of(node.saved)), kept)
         node.vjp = _watched(node.vjp, step)
         steps.append(step)
     backward(loss)

@@ -48,4 +48,5 @@ def create(name: str, **values):
 
 def known(name: str, **values) -> dict:
     """Those of ``values`` that the method ``name`` has as hyper-parameters."""
-    return {key: value for key, value in values.items() if key in options(name)}
+    have = options(name)
+    return {key: value for key, value in values.items() if key in have}
