@@ -6,6 +6,7 @@ CuPy is imported only when a GPU is asked for or a CuPy array is met.
 
 import ctypes
 import importlib
+import math
 import sys
 
 import numpy as np
@@ -18,6 +19,8 @@ def array_module(*arrays):
 
     Raises InputError for a mixture of the two, or for something that is no array.
     """
+    if all(isinstance(a, np.ndarray) for a in arrays):
+        return np
     names = {_library(a) for a in arrays}
     if len(names) > 1:
         raise InputError(
@@ -70,6 +73,23 @@ def to_device(array, xp):
 def to_host(array) -> np.ndarray:
     """``array`` as a NumPy array."""
     return to_device(array, np)
+
+
+class Memory(np.ndarray):
+    """The bytes that an array of empty() lies in, with room to begin at a cache line."""
+
+
+def empty(shape, like):
+    """An array of ``shape``, not yet written, of the library and dtype of ``like``.
+
+    NumPy's begin at a cache line: with AVX-512, operations write there up to twice as fast as elsewhere.
+    """
+    size, line = math.prod(shape) * like.itemsize, 64
+    if not isinstance(like, np.ndarray) or size < 64 * line:
+        return array_module(like).empty(shape, like.dtype)
+    memory = np.ndarray.__new__(Memory, size + line, np.uint8)
+    offset = -memory.__array_interface__["data"][0] % line
+    return np.ndarray(shape, like.dtype, memory, offset)
 
 
 def keep_heap() -> bool:

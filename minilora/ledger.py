@@ -7,6 +7,7 @@ what the allocator says.
 from collections import defaultdict
 from dataclasses import dataclass
 
+from .backend import Memory
 from .engine import Tensor, nodes_of
 
 
@@ -22,7 +23,7 @@ class Entry:
 
 def owner(array):
     """The array that owns the memory of a view."""
-    while getattr(array, "base", None) is not None and hasattr(array.base, "nbytes"):
+    while hasattr(base := getattr(array, "base", None), "nbytes") and not isinstance(base, Memory):
         array = array.base
     return array
 

@@ -7,7 +7,19 @@ Rows are tokens: N = batch · time. In each pair, y is the result and dy = dL/dy
 
 import math
 
-from .backend import array_module
+from .backend import array_module, empty
+from .blocks import (
+    add_product,
+    block_of,
+    causal_blocks,
+    head_columns,
+    later_positions,
+    row_blocks,
+    row_dot,
+    row_mean,
+    scores,
+    split_heads,
+)
 from .engine import Operation
 from .errors import InputError
 
@@ -69,11 +81,14 @@ def layer_norm_forward(need, x, g, b, *, eps=1e-5):
     """
     if x.ndim != 2 or g.shape != x.shape[1:] or b.shape != g.shape:
         raise InputError(f"layer_norm: x {x.shape}, g {g.shape}, b {b.shape}; g and b must be (d,) for x (N, d)")
-    x_hat = x - row_mean(x)
-    r = 1.0 / array_module(x).sqrt(row_mean(x_hat * x_hat) + eps)  # F1
-    x_hat *= r  # F2
-    y = x_hat * g
-    y += b  # F3
+    xp, (N, d) = array_module(x), x.shape
+    x_hat, r, y = empty((N, d), x), empty((N, 1), x), empty((N, d), x)
+    for rows in row_blocks(x):
+        centred = xp.subtract(x[rows], row_mean(x[rows]), out=x_hat[rows])
+        r[rows] = 1.0 / xp.sqrt(row_dot(centred, centred) / d + eps)  # F1
+        centred *= r[rows]  # F2
+        xp.multiply(x_hat[rows], g, out=y[rows])
+        y[rows] += b  # F3
     return y, {"x_hat": x_hat if need.x or need.g else None, "r": r if need.x else None, "g": g if need.x else None}
 
 
@@ -87,18 +102,15 @@ def layer_norm_backward(need, dy, saved):
     db = dy.sum(axis=0) if need.b else None  # B4
     if not need.x:
         return None, dg, db
-    dx_hat = dy * saved.g  # B1
-    projection = saved.x_hat * row_mean(dx_hat * saved.x_hat)
-    dx = dx_hat - row_mean(dx_hat)
-    dx -= projection
-    dx *= saved.r  # B2
+    xp, d, dx, scratch = array_module(dy), dy.shape[1], empty(dy.shape, dy), block_of(dy)
+    for rows in row_blocks(dy):
+        x_hat, dx_hat = saved.x_hat[rows], dx[rows]
+        xp.multiply(dy[rows], saved.g, out=dx_hat)  # B1
+        along = xp.multiply(x_hat, row_dot(dx_hat, x_hat) / d, out=scratch[: len(x_hat)])
+        dx_hat -= row_mean(dx_hat)
+        dx_hat -= along
+        dx_hat *= saved.r[rows]  # B2
     return dx, dg, db
-
-
-def row_mean(x):
-    """The mean of each row, (N, 1), as a product with a constant vector: several times faster than x.mean(axis=1)."""
-    xp, d = array_module(x), x.shape[1]
-    return x @ xp.full((d, 1), 1.0 / d, x.dtype)
 
 
 GELU_SCALE = math.sqrt(2.0 / math.pi)  # a Python float: np.sqrt would turn float32 into float64
@@ -114,16 +126,18 @@ def gelu_forward(need, x):
     Kept: dy/dx, since t is at hand here: one array instead of two, and one tanh instead of two.
     """
     xp = array_module(x)
-    y, slope = xp.empty_like(x), xp.empty_like(x) if need.x else None
-    for rows in row_blocks(x):  # the arrays of a block stay in the cache, and are used again
-        xb, yb = x[rows], y[rows]
-        inner = xb * xb
+    y, slope = empty(x.shape, x), empty(x.shape, x) if need.x else None
+    scratch = block_of(x), block_of(x)
+    for rows in row_blocks(x):
+        xb, yb, (inner, t) = x[rows], y[rows], (a[: len(x[rows])] for a in scratch)
+        half = slope[rows] if need.x else t
+        xp.multiply(xb, xb, out=inner)
         inner *= GELU_SCALE * GELU_CUBIC
         inner += GELU_SCALE  # c (1 + k x²)
-        t = xb * inner
+        xp.multiply(xb, inner, out=t)
         xp.tanh(t, out=t)  # F1
-        half = t + 1.0
-        half *= 0.5
+        xp.multiply(t, 0.5, out=half)
+        half += 0.5
         xp.multiply(xb, half, out=yb)  # F2
         if need.x:
             inner *= 3.0
@@ -131,14 +145,8 @@ def gelu_forward(need, x):
             xp.subtract(1.0, t, out=t)
             t *= yb  # x/2 (1 + t) (1 − t)
             t *= inner
-            xp.add(half, t, out=slope[rows])  # B1
+            half += t  # B1
     return y, {"slope": slope}
-
-
-def row_blocks(x, numbers=32768):
-    """Slices over the rows of x, each of about ``numbers`` entries."""
-    step = max(1, numbers // max(1, math.prod(x.shape[1:])))
-    return [slice(start, start + step) for start in range(0, len(x), step)]
 
 
 def gelu_backward(need, dy, saved):
@@ -146,7 +154,7 @@ def gelu_backward(need, dy, saved):
     return (dy * saved.slope,)  # B2
 
 
-def attention_forward(need, q, k, v, *, batch, heads):
+def attention_forward(need, q, k, v, *, batch, heads, block=64):
     """Causal multi-head attention.   Vaswani et al. 2017, arXiv 1706.03762, equation 1
 
     q (batch · Tq, d), k and v (batch · T, d), Tq ≤ T: the queries are the last Tq positions. Per head, of width e, with
@@ -154,6 +162,7 @@ def attention_forward(need, q, k, v, *, batch, heads):
     F1  S = k qᵀ / √e, and −∞ where a query would see a later position    (T, Tq)
     F2  P = softmax_T S                                                   (T, Tq)
     F3  y = Pᵀ v                                                          (Tq, e)
+    ``block`` queries at a time, each time with the keys alone that the last of them sees: half of S is never computed.
     Kept: q, k, v, P, whichever gradients are wanted: a network nearly always wants all three, and they share work.
     """
     xp = array_module(q)
@@ -163,18 +172,20 @@ def attention_forward(need, q, k, v, *, batch, heads):
     if batch < 1 or heads < 1 or len(q) % batch or len(k) % batch or q.shape[1] % heads:
         rows = f"{len(q)} and {len(k)} rows do not divide into a batch of {batch}"
         raise InputError(f"attention: {rows}, or a width of {q.shape[1]} not into {heads} heads")
-    Tq, T, y = len(q) // batch, len(k) // batch, xp.empty_like(q)
-    P, mask = xp.empty((batch, heads, T, Tq), q.dtype), causal_mask(xp, T, Tq, q.real.dtype)
-    qh, kh, vh, yh = (split_heads(a, batch, heads) for a in (q, k, v, y))
-    scale = 1.0 / math.sqrt(qh.shape[-1])
-    for i, S in enumerate(P):  # one sample at a time: its (heads, T, Tq) arrays stay in the cache
-        xp.matmul(kh[i], (scale * qh[i]).swapaxes(-1, -2), out=S)
-        S += mask  # F1
-        S -= S.max(axis=-2, keepdims=True)  # softmax is the same for a shifted column, and exp cannot overflow
+    blocks = causal_blocks(batch, len(k) // batch, len(q) // batch, heads, block)
+    y, P = empty(q.shape, q), empty((blocks[-1][-1].stop,), q)
+    k_, v_, y_ = (split_heads(a, batch, heads) for a in (k, v, y))
+    q_columns = head_columns(q, batch, heads, 1.0 / math.sqrt(q.shape[1] // heads))
+    later = later_positions(xp, block, q.real.dtype)
+    for samples, queries, keys, entries in blocks:
+        S, S_ = scores(P[entries], samples, heads, keys)
+        xp.matmul(k_[samples, :, keys], q_columns[samples, :, :, queries], out=S_)
+        S[queries.start - queries.stop :] += later[: S.shape[-1], :, : S.shape[-1]]  # F1
+        S -= S.max(axis=0)  # softmax is the same for a shifted column, and exp cannot overflow
         xp.exp(S, out=S)
-        S /= S.sum(axis=-2, keepdims=True)  # F2
-        xp.matmul(S.swapaxes(-1, -2), vh[i], out=yh[i])  # F3
-    return y, {"q": q, "k": k, "v": v, "P": P}
+        S *= 1.0 / S.sum(axis=0)  # F2
+        xp.matmul(S_.swapaxes(-1, -2), v_[samples, :, keys], out=y_[samples, :, queries])  # F3
+    return y, {"q": q, "k": k, "v": v, "P": P, "sizes": (batch, heads, block)}
 
 
 def attention_backward(need, dy, saved):
@@ -184,29 +195,24 @@ def attention_backward(need, dy, saved):
     B4  dq = dSᵀ k / √e                   through F1
     B5  dk = dS q / √e
     """
-    xp, (batch, heads) = array_module(dy), saved.P.shape[:2]
-    q, k, v, do = (split_heads(a, batch, heads) for a in (saved.q, saved.k, saved.v, dy))
-    grads = [xp.empty_like(a) for a in (saved.q, saved.k, saved.v)]
-    dq, dk, dv = (split_heads(a, batch, heads) for a in grads)
-    scale = 1.0 / math.sqrt(q.shape[-1])
-    for i, P in enumerate(saved.P):  # one sample at a time: its (heads, T, T) arrays stay in the cache
-        xp.matmul(P, do[i], out=dv[i])  # B1
-        dS = v[i] @ do[i].swapaxes(-1, -2)  # B2
-        dS -= (dS * P).sum(axis=-2, keepdims=True)
+    xp, (batch, heads, block) = array_module(dy), saved.sizes
+    blocks = causal_blocks(batch, len(saved.k) // batch, len(dy) // batch, heads, block)
+    grads = [empty(a.shape, a) for a in (saved.q, saved.k, saved.v)]
+    q_, k_, v_, dy_, dq, dk, dv = (split_heads(a, batch, heads) for a in (saved.q, saved.k, saved.v, dy, *grads))
+    dy_columns, scratch = head_columns(dy, batch, heads), empty((max(e.stop - e.start for *_, e in blocks),), dy)
+    for samples, queries, keys, entries in reversed(blocks):
+        P, P_ = scores(saved.P[entries], samples, heads, keys)
+        dS, dS_ = scores(scratch[: P.size], samples, heads, keys)
+        first = queries.stop == dy_.shape[2]  # the last block sees every key: it writes, the others add
+        add_product(P_, dy_[samples, :, queries], dv[samples, :, keys], first)  # B1
+        xp.matmul(v_[samples, :, keys], dy_columns[samples, :, :, queries], out=dS_)  # B2
+        dS -= xp.einsum("khq,khq->hq", P, dS)
         dS *= P  # B3
-        xp.matmul(dS.swapaxes(-1, -2), scale * k[i], out=dq[i])  # B4
-        xp.matmul(dS, scale * q[i], out=dk[i])  # B5
+        xp.matmul(dS_.swapaxes(-1, -2), k_[samples, :, keys], out=dq[samples, :, queries])  # B4
+        add_product(dS_, q_[samples, :, queries], dk[samples, :, keys], first)  # B5
+    for grad in grads[:2]:
+        grad *= 1.0 / math.sqrt(q_.shape[-1])
     return tuple(grad if wanted else None for grad, wanted in zip(grads, need, strict=True))
-
-
-def split_heads(a, batch, heads):
-    """A view (batch, heads, T, e) of a (batch · T, heads · e): the matrix products read and write it in place."""
-    return a.reshape(batch, -1, heads, a.shape[1] // heads).transpose(0, 2, 1, 3)
-
-
-def causal_mask(xp, T, Tq, dtype):
-    """(T, Tq): 0 where query i may see key j, −∞ where j is later; the last query is at the last key's position."""
-    return xp.tril(xp.full((T, Tq), -math.inf, dtype), k=Tq - T - 1)
 
 
 def cross_entropy_forward(need, logits, *, targets, ignore_index=IGNORE_INDEX):

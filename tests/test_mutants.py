@@ -11,7 +11,9 @@ from minilora.gradcheck import check_operations
 
 SOURCE = Path(minilora.ops.__file__).read_text().split("\n")
 TAGGED = re.compile(r"  # .*\b(B\d+)\b")
-TARGET = re.compile(r"^(\s+)(?:xp\.add\.at\((\w+),|xp\.\w+\(.*out=([\w\[\]]+)\)|([\w\[\]]+) [-+*/]?= )")
+TARGET = re.compile(
+    r"^(\s+)(?:xp\.add\.at\((\w+),|xp\.\w+\(.*out=([\w\[\]:, ]+)\)|add_product\(.*, (\w+\[.*\]), first\)|([\w\[\]]+) [-+*/]?= )"
+)
 LINES = [number for number, line in enumerate(SOURCE) if TAGGED.search(line)]
 
 
@@ -23,7 +25,8 @@ def broken(number, factor):
     else:
         indent, *targets = TARGET.match(line).groups()
         (target,) = filter(None, targets)
-        new = [line, f"{indent}{target} = None if {target} is None else {factor} * {target}"]
+        in_place = f"{target}[...] = {factor} * {target}"  # what the line computed may be a view of the result
+        new = [line, f"{indent}if {target} is not None:", f"{indent}    {in_place}"]
     return "\n".join([*SOURCE[:number], *new, *SOURCE[number + 1 :]])
 
 

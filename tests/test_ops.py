@@ -10,7 +10,8 @@ import re
 import numpy as np
 import pytest
 
-from minilora import gradcheck, ops
+from minilora import blocks, gradcheck, ops
+from minilora.backend import empty
 from minilora.engine import Operation, Saved, Tensor, backward
 from minilora.errors import InputError
 
@@ -54,7 +55,7 @@ def softmax(s):
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def attention(q, k, v, *, batch, heads):
+def attention(q, k, v, *, batch, heads, block=None):  # the block changes nothing
     d, e = q.shape[1], q.shape[1] // heads
     split = lambda a: a.reshape(batch, -1, heads, e).transpose(0, 2, 1, 3)  # (batch, heads, T, e)
     q, k, v = split(q), split(k), split(v)
@@ -89,6 +90,9 @@ CASES = {
     "attention 3x2": (attention, QKV(12, 12, 8), {"batch": 3, "heads": 2}),
     "attention, one token": (attention, QKV(2, 2, 6), {"batch": 2, "heads": 2}),
     "attention, last 2 of 5": (attention, QKV(4, 10, 6), {"batch": 2, "heads": 2}),
+    "attention, 2 queries at a time": (attention, QKV(10, 10, 6), {"batch": 2, "heads": 3, "block": 2}),
+    "attention, last 3 of 5, 2 at a time": (attention, QKV(6, 10, 6), {"batch": 2, "heads": 3, "block": 2}),
+    "attention, more than a block": (attention, QKV(200, 200, 2), {"batch": 2, "heads": 2}),
     "attention, last 1 of 5": (attention, QKV(2, 10, 6), {"batch": 2, "heads": 6}),
     "cross_entropy": (cross_entropy, {"logits": normal(6, 5)}, {"targets": np.abs(TARGETS) % 5}),
     "cross_entropy, ignored": (cross_entropy, {"logits": normal(6, 5)}, {"targets": TARGETS}),
@@ -311,6 +315,38 @@ def test_gelu_takes_every_row_once_whatever_the_number_of_blocks(shape):
     expected, expected_grads = run(gelu, {"x": x}, {}, dy)
     np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(grads["x"], expected_grads["x"], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", [(701, 100), (2, 40_000), (0, 4)])
+def test_layer_norm_takes_every_row_once_whatever_the_number_of_blocks(shape):
+    arrays = {"x": normal(*shape), "g": normal(shape[1]), "b": normal(shape[1], seed=1)}
+    dy = normal(*shape, seed=2)
+    y, grads = run(ops.layer_norm, arrays, {}, dy)
+    expected, expected_grads = run(layer_norm, arrays, {}, dy)
+    np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-12)
+    for k in arrays:
+        np.testing.assert_allclose(grads[k], expected_grads[k], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 7])
+def test_attention_takes_every_sample_once_however_many_go_together(monkeypatch, together):
+    monkeypatch.setattr(blocks, "BLOCK", together * 2 * 5 * 5)
+    arrays = QKV(35, 35, 6)
+    assert len(blocks.causal_blocks(7, 5, 5, 2, 64)) == math.ceil(7 / together)
+    dy = normal(35, 6, seed=9)
+    y, grads = run(ops.attention, arrays, {"batch": 7, "heads": 2}, dy)
+    expected, expected_grads = run(attention, arrays, {"batch": 7, "heads": 2}, dy)
+    close(y, expected)
+    for k in arrays:
+        close(grads[k], expected_grads[k])
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 7), (64, 64), (513, 128), (0, 4), (2, 3, 4)])
+def test_an_empty_array_is_contiguous_and_begins_at_a_cache_line_where_it_is_large(shape):
+    for dtype in (np.float32, np.float64, np.complex128):
+        a = empty(shape, np.zeros(1, dtype))
+        assert a.shape == shape and a.dtype == dtype and a.flags.c_contiguous and a.flags.writeable
+        assert a.nbytes < 4096 or a.ctypes.data % 64 == 0
 
 
 # -------------------------------------------------------------------------------- what is refused
