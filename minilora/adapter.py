@@ -119,13 +119,13 @@ class AdaptedLinear(Module):
             raise InputError(f"{method.name}: x is {x.dtype}{x.shape}; this layer takes {W.dtype} (N, {W.shape[1]})")
         array_module(x.data, W)
         # With many rows, one product by the merged weight is less work than the method's own two: see shortcut.py.
-        short = shortcut(method) if len(x.data) >= max(W.shape) else None
+        short, many = shortcut(method), len(x.data) >= max(W.shape)
         if self.merged is not None:
             if is_recording():
                 raise RuntimeError("this layer is merged and would not train; call unmerge(model) first")
             y, saved = x.data @ self.merged.T, {}
         else:
-            y, saved = (short or method).forward(rows(x.data), W, p)
+            y, saved = (short if short and many else method).forward(rows(x.data), W, p)
             y, saved = plain(y), {name: plain(array) for name, array in saved.items()}
         if self.base.b is not None:
             y += self.base.b.data
@@ -133,7 +133,10 @@ class AdaptedLinear(Module):
 
         def vjp(dy, saved):
             dy, saved = rows(dy), Saved((name, rows(array)) for name, array in saved.items())
-            dx, grads = short.backward(dy, saved, W, p, need_dx) if short else method.backward(dy, saved, W, p)
+            if short and (many or not need_dx):
+                dx, grads = short.backward(dy, saved, W, p, need_dx)
+            else:
+                dx, grads = method.backward(dy, saved, W, p)
             return plain(dx), *(plain(grads[name]) for name in trained)
 
         return record(method.name, y, saved, vjp, [x, *trained.values()])

@@ -231,22 +231,25 @@ def cross_entropy_forward(need, logits, *, targets, ignore_index=IGNORE_INDEX):
         raise InputError(f"cross_entropy: every target is ignore_index ({ignore_index}); there is nothing to average")
     targets = xp.where(counted, targets, 0)
     check_ids("cross_entropy", targets, logits.shape[1])
-    rows = xp.arange(len(targets))
-    p = logits - logits.max(axis=1, keepdims=True)
-    shifted = p[rows, targets]
-    xp.exp(p, out=p)
-    total = p.sum(axis=1, keepdims=True)
-    p /= total  # F1
-    loss = ((xp.log(total[:, 0]) - shifted) * counted).sum() / count  # F2
+    p, log_p = empty(logits.shape, logits), empty(targets.shape, logits)
+    for rows in row_blocks(logits):
+        pb, target = p[rows], (xp.arange(len(p[rows])), targets[rows])
+        xp.subtract(logits[rows], logits[rows].max(axis=1, keepdims=True), out=pb)
+        log_p[rows] = pb[target]
+        xp.exp(pb, out=pb)
+        total = pb.sum(axis=1, keepdims=True)
+        pb /= total  # F1
+        log_p[rows] -= xp.log(total[:, 0])
+    loss = -(log_p * counted).sum() / count  # F2
     return loss.astype(logits.dtype), {"p": p, "targets": targets, "weight": counted.astype(logits.dtype) / count}
 
 
 def cross_entropy_backward(need, dy, saved):
     """B1  dlogits = (p − onehot(targets)) / count     for the counted rows, 0 for the others"""
-    dlogits = saved.p.copy()
-    dlogits[array_module(dy).arange(len(dlogits)), saved.targets] -= 1.0
-    dlogits *= (dy * saved.weight)[:, None]  # B1
-    return (dlogits,)
+    xp, weight = array_module(dy), dy * saved.weight
+    dlogits = xp.multiply(saved.p, weight[:, None], out=empty(saved.p.shape, saved.p))
+    dlogits[xp.arange(len(dlogits)), saved.targets] -= weight
+    return (dlogits,)  # B1
 
 
 def dropout_forward(need, x, *, p, rng):

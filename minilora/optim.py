@@ -30,15 +30,20 @@ class Optimizer:
             raise InputError(f"optimizer: all parameters need one dtype, got {sorted({str(t.dtype) for t in tensors})}")
         xp = array_module(*(t.data for t in tensors))
         self.lr, self.weight_decay, self.clip = lr, weight_decay, clip
-        self.data = xp.concatenate([t.data.ravel() for t in tensors])
-        self.grad = xp.zeros_like(self.data)
-        ends = np.cumsum([t.data.size for t in tensors]).tolist()
-        for t, start, end in zip(tensors, [0, *ends], ends, strict=False):
-            t.data = self.data[start:end].reshape(t.shape)
-            t.node.grad = self.grad[start:end].reshape(t.shape)  # backward adds into the flat buffer
+        self.tensors, data = tensors, xp.concatenate([t.data.ravel() for t in tensors])
+        self.place(data, xp.zeros_like(data))
         spread = lambda values: _spread(xp, values, tensors, self.data.dtype)
         self.lr_scale = spread([t.lr_scale for t in tensors])
         self.decayed = spread([float(t.data.ndim >= 2) for t in tensors])
+
+    def place(self, data, grad):
+        """Let every trained array be a view of ``data`` (P,), and its gradient one of ``grad`` (P,)."""
+        self.data, self.grad, start = data, grad, 0
+        for t in self.tensors:
+            end = start + t.data.size
+            t.data = data[start:end].reshape(t.shape)
+            t.node.grad = grad[start:end].reshape(t.shape)  # backward adds into the flat buffer
+            start = end
 
     def step(self) -> float:
         """Move the parameters against their gradients, clear the gradients, return the gradient's norm.

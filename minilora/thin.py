@@ -11,13 +11,17 @@ ROWS = 64  # rows of a short product
 
 
 class Rows(np.ndarray):
-    """A NumPy array (N, d) whose ``@`` takes the short way; the same memory, and the same array in all else."""
+    """A NumPy array (N, d) whose ``@`` takes the short way; the same memory, and the same array in all else.
+
+    A product is an ordinary array again: in ``x @ W.T + h @ B.T`` NumPy then adds into the first, as it does not
+    for a subclass.
+    """
 
     def __matmul__(self, other):
-        return product(self.view(np.ndarray), np.asarray(other)).view(Rows)
+        return product(self.view(np.ndarray), np.asarray(other))
 
     def __rmatmul__(self, other):
-        return product(np.asarray(other), self.view(np.ndarray)).view(Rows)
+        return product(np.asarray(other), self.view(np.ndarray))
 
 
 def rows(array):

@@ -8,12 +8,12 @@ import statistics
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .backend import keep_heap
+from .backend import array_module, keep_heap
 from .engine import backward, no_grad
 from .errors import InputError, TrainingStopped
 from .ledger import kept_bytes
@@ -58,12 +58,16 @@ def train(
     callback=None,
     label="train",
     progress=None,
+    micro_batches=1,
+    workers=1,
 ) -> History:
     """Train ``model`` for ``steps`` steps on ``batches``, an iterator of (ids, targets), each (B, T).
 
     The rate rises over ``warmup`` steps to ``optimizer.lr`` and falls along a cosine to ``floor`` times it.
     ``rng`` draws dropout; ``callback(step, history)`` runs after each step, outside its time. ``progress``: a bar
     with loss, tokens per second and the time that is left; by default where the output is a terminal.
+    ``micro_batches``: each batch is taken in so many parts, one after another, at a fraction of the memory;
+    ``workers``: so many processes share it out, each on one core. Neither changes the step, but for rounding.
     Raises InputError for steps < 1 or batches that end early, and TrainingStopped, with the weights of the last
     good step in place, at a loss or gradient that is not finite.
     """
@@ -72,7 +76,11 @@ def train(
     check_positive(zero_allowed=True, warmup=warmup, floor=floor)
     keep_heap()
     history, peak, batches = History(), optimizer.lr, iter(batches)
-    with progress_bar(steps, label, progress) as bar, restored_rate(optimizer):
+    with (
+        shared_out(model, optimizer, workers) as team,
+        progress_bar(steps, label, progress) as bar,
+        restored_rate(optimizer),
+    ):
         for step in range(steps):
             ids, targets = next(batches, (None, None))
             if ids is None:
@@ -80,7 +88,7 @@ def train(
             start = time.perf_counter()
             optimizer.lr = warmup_cosine(step, steps, peak, warmup, floor)
             try:
-                loss, norm = training_step(model, optimizer, ids, targets, rng, history)
+                loss, norm = training_step(model, optimizer, ids, targets, rng, history, micro_batches, team)
             except TrainingStopped as stop:
                 raise TrainingStopped(
                     f"stopped at step {step + 1} of {steps}: {stop} (learning rate {optimizer.lr:.2g}); "
@@ -108,22 +116,71 @@ def restored_rate(optimizer):
         optimizer.lr = peak
 
 
-def training_step(model, optimizer, ids, targets, rng=None, history=None):
-    """One step: (loss, gradient norm). Raises TrainingStopped before anything has moved."""
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported below, in words
-        loss = model.loss(ids, targets, rng)
-    value = float(loss.data)
-    if not math.isfinite(value):
-        raise TrainingStopped(f"the loss is {value}; lower the learning rate or look at the data")
-    if history is not None and not history.loss:
-        history.kept_bytes = kept_bytes(loss, model)
-    with np.errstate(over="ignore", invalid="ignore"):
-        backward(loss)
+def shared_out(model, optimizer, workers):
+    """A context whose value is the team for training_step: None for one worker, which needs none."""
+    if workers == 1:
+        return nullcontext()
+    from .parallel import Workers
+
+    return Workers(model, optimizer, workers)
+
+
+def training_step(model, optimizer, ids, targets, rng=None, history=None, micro_batches=1, team=None):
+    """One step: (loss, gradient norm). Raises TrainingStopped before anything has moved.
+
+    ``micro_batches`` as for accumulate; ``team``: parallel.Workers that compute the gradient together.
+    """
+    first = history is not None and not history.loss
+    try:
+        if team is None:
+            loss, kept = accumulate(model, ids, targets, rng, micro_batches, measure=first)
+        else:
+            loss, kept = team.accumulate(ids, targets, rng, micro_batches, measure=first)
+    except BaseException:
+        optimizer.grad.fill(0.0)  # a part of a gradient is none
+        raise
+    if first:
+        history.kept_bytes = kept
     if history is not None and len(history.loss) == 2:  # in step 1 a zero is right: dA = 0 where B = 0
         warn_of_lost_gradients(model)
     norm = optimizer.step()
     model.after_step()
-    return value, norm
+    return loss, norm
+
+
+def accumulate(model, ids, targets, rng=None, micro_batches=1, total=None, measure=False):
+    """Add the gradient of the mean loss to every leaf: (loss, bytes kept for backward at most, 0 unless ``measure``).
+
+    The sequences are taken in ``micro_batches`` parts, one after another: a mean is a weighted sum of the parts'
+    means, so the gradient is the same, and only one part is in memory at a time. ``total``: the number of targets
+    that the mean is over, where these are not all of them.
+    Raises InputError for fewer than 1 or more parts than sequences, TrainingStopped at a loss that is not finite.
+    """
+    if not 1 <= micro_batches <= len(ids):
+        raise InputError(f"micro_batches is {micro_batches}; it must lie in 1 … {len(ids)}, the sequences of a batch")
+    total, value, kept = count_targets(targets) if total is None else total, 0.0, 0
+    for part in split(len(ids), micro_batches):
+        share = count_targets(targets[part]) / max(1, total)
+        if total and not share:
+            continue
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported below, in words
+            loss = model.loss(ids[part], targets[part], rng)
+        value += share * float(loss.data)
+        if not math.isfinite(value):
+            raise TrainingStopped(f"the loss is {value}; lower the learning rate or look at the data")
+        kept = max(kept, kept_bytes(loss, model)) if measure else 0
+        with np.errstate(over="ignore", invalid="ignore"):
+            backward(loss, array_module(loss.data).asarray(share, loss.dtype))
+    return value, kept
+
+
+def split(n, parts):
+    """``parts`` slices of ``n`` sequences, alike in size; some are empty where n < parts."""
+    return [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
+
+
+def count_targets(targets) -> int:
+    return int((targets != IGNORE_INDEX).sum())
 
 
 def warn_of_lost_gradients(model) -> None:
@@ -139,7 +196,7 @@ def evaluate(model: Module, batches) -> float:
     total = count = 0
     with no_grad():
         for ids, targets in batches:
-            counted = int((targets != IGNORE_INDEX).sum())
+            counted = count_targets(targets)
             total += float(model.loss(ids, targets).data) * counted
             count += counted
     if not count:
