@@ -126,7 +126,7 @@ class AdaptedLinear(Module):
             y, saved = x.data @ self.merged.T, {}
         else:
             y, saved = (short if short and many else method).forward(rows(x.data), W, p)
-            y, saved = plain(y), {name: plain(array) for name, array in saved.items()}
+            y, saved = plain(y), {name: plain(array, x.data) for name, array in saved.items()}
         if self.base.b is not None:
             y += self.base.b.data
         trained, need_dx = self.arrays.trainable(), x.requires_grad

@@ -35,13 +35,31 @@ class Saved(dict):
     __getattr__ = dict.__getitem__
 
 
+class Again:
+    """Stands in ``saved`` for the result of an operation that is computed again when backward asks for it.
+
+    The result then stays with the operation's own node, so that it is computed once for all who ask.
+    """
+
+    __slots__ = ("compute", "node")
+
+    def __init__(self, compute, node):
+        self.compute, self.node = compute, node
+
+    def __call__(self):
+        if "again" not in self.node.saved:
+            self.node.saved["again"] = self.compute(self.node.saved)
+        return self.node.saved["again"]
+
+
 class Tensor:
     """An array (float or complex) and the Node that its gradient arrives at; ``node`` is None for a constant.
 
+    ``again`` is set where the array need not be kept, because its operation computes it again for who wants it.
     Raises InputError for integer or other data that has no gradient.
     """
 
-    __slots__ = ("data", "node")
+    __slots__ = ("again", "data", "node")
     __array_ufunc__ = None  # array + Tensor is the Tensor's affair, not one object for each entry
 
     def __init__(self, data, requires_grad=False, node=None):
@@ -49,7 +67,7 @@ class Tensor:
             data = np.asarray(data)
         if array_module(data) and data.dtype.kind not in "fc":
             raise InputError(f"a Tensor holds floating-point data, got {data.dtype}; use .astype(np.float32) first")
-        self.data = data
+        self.data, self.again = data, None
         self.node = Node() if requires_grad else node
 
     shape = property(lambda self: self.data.shape)
@@ -69,10 +87,12 @@ class Operation:
 
     ``forward(need, *arrays, **constants) -> y, saved`` and ``backward(need, dy, saved) -> one gradient per array``.
     ``need`` has a flag for each array by its name in forward's signature: keep and compute only what is asked for.
+    ``again(saved) -> y``, where there is one, is for a call with the constant ``recompute``: nobody then keeps y.
     """
 
-    def __init__(self, forward, backward):
-        self.forward, self.backward, self.name = forward, backward, forward.__name__.removesuffix("_forward")
+    def __init__(self, forward, backward, again=None):
+        self.forward, self.backward, self.again = forward, backward, again
+        self.name = forward.__name__.removesuffix("_forward")
         params = list(inspect.signature(forward).parameters.values())[1:]
         self.Need = namedtuple("Need", [p.name for p in params if p.kind is p.POSITIONAL_OR_KEYWORD])
 
@@ -89,7 +109,10 @@ class Operation:
             raise
         except ValueError as error:  # the array library's word on shapes and axes
             raise InputError(f"{self.name}: {error}") from error
-        return record(self.name, y, saved, lambda dy, saved: self.backward(need, dy, saved), tensors)
+        result = record(self.name, y, saved, lambda dy, saved: self.backward(need, dy, saved), tensors)
+        if self.again and constants.get("recompute") and result.node:
+            result.again = Again(self.again, result.node)
+        return result
 
 
 def record(name, y, saved, vjp, tensors) -> Tensor:
@@ -97,7 +120,9 @@ def record(name, y, saved, vjp, tensors) -> Tensor:
     parents = [t.node if t is not None else None for t in tensors]
     if not _recording.get() or not any(parents):
         return Tensor(y)
-    return Tensor(y, node=Node(name, vjp, Saved((k, v) for k, v in saved.items() if v is not None), parents))
+    again = {id(t.data): t.again for t in tensors if t is not None and t.again}
+    kept = Saved((k, again.get(id(v), v)) for k, v in saved.items() if v is not None)
+    return Tensor(y, node=Node(name, vjp, kept, parents))
 
 
 def is_recording() -> bool:
@@ -161,7 +186,8 @@ def gradients(loss: Tensor, dy=None) -> dict[Node, object]:
         if node.vjp is None:
             leaves[node] = dy
             continue
-        for parent, grad in zip(node.parents, node.vjp(dy, node.saved), strict=True):
+        saved = Saved((k, v() if isinstance(v, Again) else v) for k, v in node.saved.items())
+        for parent, grad in zip(node.parents, node.vjp(dy, saved), strict=True):
             if parent is not None:  # gradients are added, never assigned: a tensor that is used twice receives twice
                 arriving[parent] = arriving[parent] + grad if parent in arriving else grad
         node.vjp, node.saved, node.parents = _spent, None, ()

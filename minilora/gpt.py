@@ -12,9 +12,11 @@ import numpy as np
 from .backend import array_module, to_device, to_host
 from .elementary import add
 from .engine import Tensor, no_grad
-from .errors import InputError
+from .errors import InputError, nearest
 from .nn import LayerNorm, Linear, Module, Parameter
 from .ops import attention, check_ids, cross_entropy, dropout, embedding, gelu, linear
+
+RECOMPUTED = ("layer_norm", "gelu", "attention")  # what GPT.recompute() can leave out of memory
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Block(Module):
     """x + o(attention(q, k, v of norm(x))), then x + down(gelu(up(norm(x))))."""
 
     def __init__(self, config: GPTConfig, rng, dtype):
-        d, self.config = config.n_embd, config
+        d, self.config, self.recompute = config.n_embd, config, frozenset()
         # GPT-2: normal of deviation 0.02; the two layers that write to the residual stream are scaled down by depth.
         normal = lambda d_out, d_in, std=0.02: Linear(
             rng.normal(0.0, std, (d_out, d_in)).astype(dtype), np.zeros(d_out, dtype)
@@ -58,13 +60,15 @@ class Block(Module):
     def __call__(self, x, batch, rng=None, cache=None):  # x (N, d), N = batch * T
         p = self.config.dropout if rng is not None else 0.0
         drop = (lambda y: dropout(y, p=p, rng=rng)) if p else (lambda y: y)
-        h = self.norm1(x)  # (N, d)
+        again = self.recompute
+        h = self.norm1(x, "layer_norm" in again)  # (N, d)
         q, k, v = self.q(h), self.k(h), self.v(h)  # (N, d) each
         if cache is not None:
             k, v = cache.extend(k, v, batch)  # (batch * (past + T), d) each
-        x = add(x, drop(self.o(attention(q, k, v, batch=batch, heads=self.config.n_head))))
-        h = self.norm2(x)
-        return add(x, drop(self.down(gelu(self.up(h)))))  # up: (N, 4 d)
+        y = attention(q, k, v, batch=batch, heads=self.config.n_head, recompute="attention" in again)
+        x = add(x, drop(self.o(y)))
+        h = self.norm2(x, "layer_norm" in again)
+        return add(x, drop(self.down(gelu(self.up(h), recompute="gelu" in again))))  # up: (N, 4 d)
 
 
 class KeyValueCache:
@@ -118,6 +122,20 @@ class GPT(Module):
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             x = block(x, batch, rng, cache)
         return linear(self.norm(x), self.tokens, None)  # (N, V)
+
+    def recompute(self, *names):
+        """Compute these again in backward instead of keeping them; without names, keep everything. Returns the model.
+
+        ``"layer_norm"`` and ``"gelu"``: their outputs; ``"attention"``: its probabilities. The gradients are the same
+        to the last bit, memory is less and a step takes longer. Raises InputError for another name.
+        """
+        for name in names:
+            if name not in RECOMPUTED:
+                known = ", ".join(RECOMPUTED)
+                raise InputError(f'recompute: unknown "{name}"{nearest(name, RECOMPUTED)}; there are {known}')
+        for block in self.blocks:
+            block.recompute = frozenset(names)
+        return self
 
     def loss(self, ids, targets, rng=None) -> Tensor:
         """Mean cross-entropy in nats per token; ids and targets (B, T), a target of -100 does not count."""

@@ -71,13 +71,13 @@ def embedding_backward(need, dy, saved):
     return (dtable,)
 
 
-def layer_norm_forward(need, x, g, b, *, eps=1e-5):
+def layer_norm_forward(need, x, g, b, *, eps=1e-5, recompute=False):
     """Normalise each row of x (N, d), then scale by g (d,) and shift by b (d,).   Ba et al. 2016, arXiv 1607.06450
 
     F1  r = 1 / sqrt(mean_d (x − mean_d x)² + eps)     (N, 1)
     F2  x̂ = (x − mean_d x) r                           (N, d)
     F3  y = g ∘ x̂ + b                                  (N, d)
-    Kept: x̂, r; g, which is a parameter.
+    Kept: x̂, r; g, which is a parameter, and so is b, kept to ``recompute`` y.
     """
     if x.ndim != 2 or g.shape != x.shape[1:] or b.shape != g.shape:
         raise InputError(f"layer_norm: x {x.shape}, g {g.shape}, b {b.shape}; g and b must be (d,) for x (N, d)")
@@ -89,7 +89,8 @@ def layer_norm_forward(need, x, g, b, *, eps=1e-5):
         centred *= r[rows]  # F2
         xp.multiply(x_hat[rows], g, out=y[rows])
         y[rows] += b  # F3
-    return y, {"x_hat": x_hat if need.x or need.g else None, "r": r if need.x else None, "g": g if need.x else None}
+    kept = {"x_hat": x_hat if need.x or need.g else None, "r": r if need.x else None, "g": g if need.x else None}
+    return y, kept | ({"x_hat": x_hat, "g": g, "b": b} if recompute else {})
 
 
 def layer_norm_backward(need, dy, saved):
@@ -113,24 +114,31 @@ def layer_norm_backward(need, dy, saved):
     return dx, dg, db
 
 
+def layer_norm_again(saved):
+    """y from what is kept: F3."""
+    y = saved.x_hat * saved.g
+    y += saved.b
+    return y
+
+
 GELU_SCALE = math.sqrt(2.0 / math.pi)  # a Python float: np.sqrt would turn float32 into float64
 GELU_CUBIC = 0.044715
 
 
-def gelu_forward(need, x):
+def gelu_forward(need, x, *, recompute=False):
     """The Gaussian error linear unit in its tanh form (GPT-2).   Hendrycks & Gimpel 2016, arXiv 1606.08415
 
     F1  t = tanh(c (x + k x³)),  c = √(2/π), k = 0.044715
     F2  y = x (1 + t) / 2
     B1  dy/dx = (1 + t) / 2 + x/2 (1 − t²) c (1 + 3 k x²)    the product rule on F2, tanh' = 1 − tanh²
-    Kept: dy/dx, since t is at hand here: one array instead of two, and one tanh instead of two.
+    Kept: dy/dx, since t is at hand here: one array instead of two, and one tanh instead of two. To ``recompute``: x.
     """
     xp = array_module(x)
-    y, slope = empty(x.shape, x), empty(x.shape, x) if need.x else None
+    y, slope = empty(x.shape, x), empty(x.shape, x) if need.x and not recompute else None
     scratch = block_of(x), block_of(x)
     for rows in row_blocks(x):
         xb, yb, (inner, t) = x[rows], y[rows], (a[: len(x[rows])] for a in scratch)
-        half = slope[rows] if need.x else t
+        half = t if slope is None else slope[rows]
         xp.multiply(xb, xb, out=inner)
         inner *= GELU_SCALE * GELU_CUBIC
         inner += GELU_SCALE  # c (1 + k x²)
@@ -139,22 +147,31 @@ def gelu_forward(need, x):
         xp.multiply(t, 0.5, out=half)
         half += 0.5
         xp.multiply(xb, half, out=yb)  # F2
-        if need.x:
+        if slope is not None:
             inner *= 3.0
             inner -= 2.0 * GELU_SCALE  # c (1 + 3 k x²)
             xp.subtract(1.0, t, out=t)
             t *= yb  # x/2 (1 + t) (1 − t)
             t *= inner
             half += t  # B1
-    return y, {"slope": slope}
+    return y, {"slope": slope, "x": x if need.x and recompute else None}
 
 
 def gelu_backward(need, dy, saved):
     """B2  dx = dy ∘ dy/dx"""
+    if "slope" not in saved:
+        gelu_again(saved)
     return (dy * saved.slope,)  # B2
 
 
-def attention_forward(need, q, k, v, *, batch, heads, block=64):
+def gelu_again(saved):
+    """y from x; and dy/dx, which backward asks for next."""
+    y, kept = gelu_forward(gelu.Need(x=True), saved.x)
+    saved["slope"] = kept["slope"]
+    return y
+
+
+def attention_forward(need, q, k, v, *, batch, heads, block=64, recompute=False):
     """Causal multi-head attention.   Vaswani et al. 2017, arXiv 1706.03762, equation 1
 
     q (batch · Tq, d), k and v (batch · T, d), Tq ≤ T: the queries are the last Tq positions. Per head, of width e, with
@@ -163,7 +180,8 @@ def attention_forward(need, q, k, v, *, batch, heads, block=64):
     F2  P = softmax_T S                                                   (T, Tq)
     F3  y = Pᵀ v                                                          (Tq, e)
     ``block`` queries at a time, each time with the keys alone that the last of them sees: half of S is never computed.
-    Kept: q, k, v, P, whichever gradients are wanted: a network nearly always wants all three, and they share work.
+    Kept: q, k, v, P, whichever gradients are wanted: a network nearly always wants all three, and they share work. Not
+    P where it is to ``recompute``.
     """
     xp = array_module(q)
     if q.ndim != 2 or k.ndim != 2 or k.shape != v.shape or q.shape[1] != k.shape[1] or len(q) > len(k):
@@ -185,7 +203,7 @@ def attention_forward(need, q, k, v, *, batch, heads, block=64):
         xp.exp(S, out=S)
         S *= 1.0 / S.sum(axis=0)  # F2
         xp.matmul(S_.swapaxes(-1, -2), v_[samples, :, keys], out=y_[samples, :, queries])  # F3
-    return y, {"q": q, "k": k, "v": v, "P": P, "sizes": (batch, heads, block)}
+    return y, {"q": q, "k": k, "v": v, "P": None if recompute else P, "sizes": (batch, heads, block)}
 
 
 def attention_backward(need, dy, saved):
@@ -199,9 +217,13 @@ def attention_backward(need, dy, saved):
     blocks = causal_blocks(batch, len(saved.k) // batch, len(dy) // batch, heads, block)
     grads = [empty(a.shape, a) for a in (saved.q, saved.k, saved.v)]
     q_, k_, v_, dy_, dq, dk, dv = (split_heads(a, batch, heads) for a in (saved.q, saved.k, saved.v, dy, *grads))
+    if "P" in saved:
+        kept = saved.P
+    else:
+        kept = attention_forward(need, saved.q, saved.k, saved.v, batch=batch, heads=heads, block=block)[1]["P"]
     dy_columns, scratch = head_columns(dy, batch, heads), empty((max(e.stop - e.start for *_, e in blocks),), dy)
     for samples, queries, keys, entries in reversed(blocks):
-        P, P_ = scores(saved.P[entries], samples, heads, keys)
+        P, P_ = scores(kept[entries], samples, heads, keys)
         dS, dS_ = scores(scratch[: P.size], samples, heads, keys)
         first = queries.stop == dy_.shape[2]  # the last block sees every key: it writes, the others add
         add_product(P_, dy_[samples, :, queries], dv[samples, :, keys], first)  # B1
@@ -280,8 +302,8 @@ def check_ids(name, ids, size):
 
 linear = Operation(linear_forward, linear_backward)
 embedding = Operation(embedding_forward, embedding_backward)
-layer_norm = Operation(layer_norm_forward, layer_norm_backward)
-gelu = Operation(gelu_forward, gelu_backward)
+layer_norm = Operation(layer_norm_forward, layer_norm_backward, layer_norm_again)
+gelu = Operation(gelu_forward, gelu_backward, gelu_again)
 attention = Operation(attention_forward, attention_backward)
 cross_entropy = Operation(cross_entropy_forward, cross_entropy_backward)
 dropout = Operation(dropout_forward, dropout_backward)

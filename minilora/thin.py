@@ -29,9 +29,12 @@ def rows(array):
     return array.view(Rows) if isinstance(array, np.ndarray) else array
 
 
-def plain(array):
-    """The array without the class."""
-    return array.view(np.ndarray) if isinstance(array, Rows) else array
+def plain(array, original=None):
+    """The array without the class; ``original`` itself where the array is a view of all of it."""
+    if not isinstance(array, Rows):
+        return array
+    whole = original is not None and array.shape == original.shape and np.may_share_memory(array, original)
+    return original if whole else array.view(np.ndarray)
 
 
 def product(a, b):
