@@ -159,7 +159,7 @@ def gelu_forward(need, x, *, recompute=False):
 
 def gelu_backward(need, dy, saved):
     """B2  dx = dy ∘ dy/dx"""
-    if "slope" not in saved:
+    if "x" in saved and "slope" not in saved:
         gelu_again(saved)
     return (dy * saved.slope,)  # B2
 
@@ -203,7 +203,7 @@ def attention_forward(need, q, k, v, *, batch, heads, block=64, recompute=False)
         xp.exp(S, out=S)
         S *= 1.0 / S.sum(axis=0)  # F2
         xp.matmul(S_.swapaxes(-1, -2), v_[samples, :, keys], out=y_[samples, :, queries])  # F3
-    return y, {"q": q, "k": k, "v": v, "P": None if recompute else P, "sizes": (batch, heads, block)}
+    return y, {"q": q, "k": k, "v": v, "P": None if recompute else P, "how": (batch, heads, block, recompute)}
 
 
 def attention_backward(need, dy, saved):
@@ -213,14 +213,13 @@ def attention_backward(need, dy, saved):
     B4  dq = dSᵀ k / √e                   through F1
     B5  dk = dS q / √e
     """
-    xp, (batch, heads, block) = array_module(dy), saved.sizes
+    xp, (batch, heads, block, recompute) = array_module(dy), saved.how
     blocks = causal_blocks(batch, len(saved.k) // batch, len(dy) // batch, heads, block)
     grads = [empty(a.shape, a) for a in (saved.q, saved.k, saved.v)]
     q_, k_, v_, dy_, dq, dk, dv = (split_heads(a, batch, heads) for a in (saved.q, saved.k, saved.v, dy, *grads))
-    if "P" in saved:
-        kept = saved.P
-    else:
-        kept = attention_forward(need, saved.q, saved.k, saved.v, batch=batch, heads=heads, block=block)[1]["P"]
+    if recompute:
+        again = attention_forward(need, saved.q, saved.k, saved.v, batch=batch, heads=heads, block=block)[1]
+    kept = again["P"] if recompute else saved.P
     dy_columns, scratch = head_columns(dy, batch, heads), empty((max(e.stop - e.start for *_, e in blocks),), dy)
     for samples, queries, keys, entries in reversed(blocks):
         P, P_ = scores(kept[entries], samples, heads, keys)
