@@ -1,9 +1,9 @@
-"""One training step of minilora beside the same step of PyTorch eager + Hugging Face PEFT, in one process.
+"""One training step of minilora beside the same step of PyTorch + Hugging Face PEFT: times, memory, a table, a figure.
 
 A step is forward, backward and AdamW on the six linears of every block, float32, r = 8, alpha = 16, no dropout, no
-weight decay. Both sides first take five steps from the same weights on the same batch and must show the same
-losses; then they are timed in turns, A B A B …, so that a busy moment of the machine falls on both. README.md beside
-this file says how to run it, and what is fair about it and what is not.
+weight decay. The two sides are processes of their own. They first take five steps from the same weights on the same
+batch and must show the same losses; then they are timed in turns, A B A B …, so that a busy moment of the machine
+falls on both. README.md beside this file says how to run it, and what is fair about it and what is not.
 """
 
 import argparse
@@ -11,211 +11,251 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
-SIZES = {  # GPTConfig's vocab_size, n_positions (T), n_embd, n_layer, n_head; then the batch, in sequences of T tokens
-    "tiny": (96, 128, 128, 4, 4, 8),  # the model that comes with minilora, at the batch of `minilora compare`
-    "S": (65, 64, 64, 2, 4, 16),
-    "M": (65, 128, 128, 4, 4, 16),
-    "L": (65, 256, 384, 6, 6, 8),
-}
-TARGETS, R, ALPHA = ["q", "k", "v", "o", "up", "down"], 8, 16
-METHODS = {  # a method of minilora: PEFT's configuration class, its options, the learning rate of the check
-    "lora": ("LoraConfig", {"lora_alpha": ALPHA}, 3e-3),
-    "rslora": ("LoraConfig", {"lora_alpha": ALPHA, "use_rslora": True}, 3e-3),
-    "dora_detached": ("LoraConfig", {"lora_alpha": ALPHA, "use_dora": True}, 3e-3),
-    "vera": ("VeraConfig", {}, 3e-2),
-    "full": (None, {}, 3e-3),  # without PEFT: the weights of the same linears trained, everything else frozen
-}
-CHECKED_STEPS, TOLERANCE = 5, 1e-4  # of losses, in nats per token
+from shapes import SIZES
+from versus import report, settings
+from versus.settings import CHECKED_STEPS, FIRST_STEP_ONLY, METHODS, MICRO_BATCHES, PROMPT, TOKENS, TOLERANCE
+from versus.side import Side, SideError
+
 PAUSE = 0.05  # seconds before a turn: idle threads of the other side spin for some 30 ms before they sleep
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny"])
-parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lora"])
-parser.add_argument("--threads", type=int, choices=[1, 2], default=1, help="the same for both sides")
-parser.add_argument("--rounds", type=int, default=10, help="turns of each side")
-parser.add_argument("--steps-per-round", type=int, default=10, help="timed steps in a turn")
-parser.add_argument("--out", type=Path, help="write all that was measured to this JSON file")
-args = parser.parse_args()
-if min(args.rounds, args.steps_per_round) < 1 or (args.out and not args.out.resolve().parent.is_dir()):
-    parser.error("--rounds and --steps-per-round must be at least 1, and the folder of --out must exist")
-for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-    os.environ[name] = str(args.threads)  # read when NumPy and PyTorch are imported, hence before that
-
-try:
-    import numpy as np
-    import peft
-    import threadpoolctl
-    import torch
-    import torch.nn.functional as F  # noqa: N812
-    from torch import nn
-
-    import minilora
-    from minilora.backend import keep_heap
-    from minilora.surgery import adapted_layers
-    from minilora.train import training_step
-except ImportError as error:
-    install = ".bench/bin/pip install torch==2.13.0 peft threadpoolctl ."
-    run = "python3 -m venv .bench && " + install + " && .bench/bin/python benchmarks/versus_peft.py"
-    print(f"versus_peft: {error}; in the root of the repository, run: {run}", file=sys.stderr)
-    sys.exit(2)
+OURS, THEIRS, COMPILED, MICRO = "minilora", "torch", "torch_compiled", "minilora_micro_batches"
+INSTALL = "python3 -m venv .bench && .bench/bin/pip install torch==2.13.0 peft threadpoolctl ."
 
 
-class TorchBlock(nn.Module):
-    """minilora's Block: x + o(attention(q, k, v of norm1(x))), then x + down(gelu(up(norm2(x))))."""
-
-    def __init__(self, d, heads):
-        super().__init__()
-        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(d), nn.LayerNorm(d)
-        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
-        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
-
-    def forward(self, x):  # (B, T, d)
-        h = self.norm1(x)
-        q, k, v = (f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, d / heads)
-        x = x + self.o(y.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+class Failure(Exception):
+    """What stops the run, in one line."""
 
 
-class TorchGPT(nn.Module):
-    """minilora's GPT: from ids and targets, (B, T) each, to the loss in nats per token."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.tokens = nn.Parameter(torch.empty(c.vocab_size, c.n_embd))
-        self.positions = nn.Parameter(torch.empty(c.n_positions, c.n_embd))
-        self.blocks = nn.ModuleList(TorchBlock(c.n_embd, c.n_head) for _ in range(c.n_layer))
-        self.norm = nn.LayerNorm(c.n_embd)
-
-    def forward(self, ids, targets):
-        x = F.embedding(ids, self.tokens) + self.positions[: ids.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        return F.cross_entropy(F.linear(self.norm(x), self.tokens).flatten(0, 1), targets.flatten())
-
-
-def build(size, method):
-    """(minilora's model, PyTorch's model, ids, targets): adapted, with the same arrays, not yet trained."""
-    *sizes, batch = SIZES[size]
-    rng = np.random.default_rng(0)
-    gpt = minilora.GPT(minilora.GPTConfig(*sizes), rng)
-    for _, p in gpt.named_parameters():  # larger, and no bias 0 or norm 1: what was copied wrongly shows in the loss
-        p.data += rng.normal(0.0, 0.1, p.shape).astype(np.float32)
-    net, last = TorchGPT(gpt.config), {"W": "weight", "g": "weight", "b": "bias"}
-    torch_name = lambda name: ".".join(last.get(part, part) for part in name.split("."))
-    net.load_state_dict({torch_name(name): torch.tensor(p.data) for name, p in gpt.named_parameters()})
-
-    known = minilora.methods.options(method)
-    minilora.adapt(gpt, method, TARGETS, verbose=False, **{k: v for k, v in (("r", R), ("alpha", ALPHA)) if k in known})
-    kind, peft_options, _ = METHODS[method]
-    if kind is None:
-        for name, p in net.named_parameters():
-            p.requires_grad_(name.endswith(tuple(f".{target}.weight" for target in TARGETS)))
-    else:
-        net = peft.get_peft_model(net, getattr(peft, kind)(r=R, target_modules=TARGETS, bias="none", **peft_options))
-        for name, layer in adapted_layers(gpt).items() if kind == "LoraConfig" else ():  # VeRA's come from a seed
-            for key in ("A", "B"):
-                matrices = getattr(net.get_submodule(f"base_model.model.{name}"), f"lora_{key}")
-                matrices["default"].weight.data.copy_(torch.from_numpy(layer.p[key]))
-    draws = rng.integers(0, sizes[0], (batch, sizes[1] + 1))
-    return gpt, net, draws[:, :-1].copy(), draws[:, 1:].copy()
+def options(words=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.error = lambda message: parser.exit(2, f"versus_peft: {message}\n")  # one line, without the usage
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="tiny, if not given")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="lora, if not given")
+    parser.add_argument("--threads", nargs="+", type=int, choices=[1, 2], help="of both sides; 1, if not given")
+    parser.add_argument("--all", action="store_true", help="LoRA at S to XL on 1 and 2 threads, all methods at M")
+    parser.add_argument("--rounds", type=int, help="turns of each side; by size, if not given")
+    parser.add_argument("--steps-per-round", type=int, help="timed steps in a turn; by size, if not given")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile with fused AdamW as well")
+    parser.add_argument("--startup", action="store_true", help="time import to first step too, as --all does")
+    parser.add_argument("--out", type=Path, help="a folder, or a path without ending: .json, .md and .png go there")
+    args = parser.parse_args(words)
+    if args.all and (args.sizes or args.methods or args.threads):
+        parser.error("--all chooses --sizes, --methods and --threads itself; leave them out")
+    if any(n is not None and n < 1 for n in (args.rounds, args.steps_per_round)):
+        parser.error("--rounds and --steps-per-round must be at least 1")
+    if max(args.threads or [1]) > CORES:
+        parser.error(f"--threads {max(args.threads)}: this machine has {CORES} core(s)")
+    if args.out:
+        args.out = args.out / "versus_peft" if args.out.is_dir() else args.out.with_suffix("")
+        if not args.out.resolve().parent.is_dir():
+            parser.error(f"--out: there is no folder {args.out.resolve().parent}")
+    return args
 
 
-def fastest_adamw(net, lr, ids, targets):
-    """(name, optimizer): the fastest of PyTorch's AdamW loops for ``net``, tried at rate 0, which moves nothing."""
-    params = [p for p in net.parameters() if p.requires_grad]
-    loops = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
-    make = lambda name, lr: torch.optim.AdamW(params, lr=lr, eps=1e-8, weight_decay=0.0, **loops[name])
-    net(ids, targets).backward()
-    trials = {name: make(name, 0.0).step for name in loops}
-    best = min(loops, key=lambda name: min(seconds_of(trials[name], 10)))
-    net.zero_grad()
-    return best, make(best, lr)
+def plan(args):
+    """(size, method, threads) of every row."""
+    if not args.all:
+        each = args.sizes or ["tiny"], args.methods or ["lora"], args.threads or [1]
+        return [(size, method, threads) for threads in each[2] for size in each[0] for method in each[1]]
+    lora = [(size, "lora", threads) for threads in (1, 2) if threads <= CORES for size in ("S", "M", "L", "XL")]
+    return lora + [("M", method, 1) for method in METHODS if method != "lora"]
 
 
-def seconds_of(step, steps):
-    """The seconds of each of ``steps`` calls of ``step``, after one that is not timed."""
-    marks = []
-    for _ in range(steps + 1):
-        step()
-        marks.append(time.perf_counter())
-    return np.diff(marks).tolist()
+def wanted_sides(method, threads, compiled):
+    """The sides of a row: label, module, its threads, what build is told; the first two must work."""
+    sides = [(OURS, "ours", threads, {}), (THEIRS, "theirs", threads, {})]
+    if threads > 1:  # each worker has one BLAS thread, which has to be said before NumPy is imported
+        sides.append((workers_label(threads), "ours", 1, {"workers": threads}))
+    elif method == "lora":
+        sides.append((MICRO, "ours", threads, {"micro_batches": MICRO_BATCHES}))
+    return sides + ([(COMPILED, "theirs", threads, {"compiled": True})] if compiled else [])
 
 
-def compare(size, method):
-    """Check that both sides do the same work, then time them in turns: a dict of what was seen, times in ms a step."""
-    gpt, net, ids, targets = build(size, method)
-    torch_ids, torch_targets = torch.from_numpy(ids), torch.from_numpy(targets)
-    lr = METHODS[method][-1]
-    optimizer = minilora.AdamW(gpt.trainable(), lr, eps=1e-8, weight_decay=0.0)
-    loop, torch_optimizer = fastest_adamw(net, lr, torch_ids, torch_targets)
+def workers_label(threads):
+    return f"minilora_{threads}_workers"
 
-    def step():
-        return training_step(gpt, optimizer, ids, targets)[0]
 
-    def torch_step():
-        loss = net(torch_ids, torch_targets)
-        loss.backward()
-        torch_optimizer.step()
-        torch_optimizer.zero_grad()
-        return loss.item()
+def compare(size, method, threads, args, folder):
+    """Check that all sides do the same work, then time them in turns: a row of the report, times in ms."""
+    path = str(folder / "arrays.npz")
+    with Side("ours", 1) as maker:
+        maker.ask("make", size=size, method=method, path=path)
+    row = {"size": size, "method": method, "threads": threads, "notes": []}
+    with ExitStack() as stack:
+        sides, built, losses = {}, {}, {}
+        compiled = args.compile and (method == "lora" or not args.all)  # compiling takes half a minute and more
+        for label, module, own_threads, told in wanted_sides(method, threads, compiled):
+            cache = stack.enter_context(tempfile.TemporaryDirectory()) if label == COMPILED else None
+            side = stack.enter_context(Side(module, own_threads, cache))
+            try:
+                built[label] = side.ask("build", size=size, method=method, path=path, **told)
+                seen = side.ask("steps", n=CHECKED_STEPS)
+            except SideError as error:
+                if label in (OURS, THEIRS):
+                    raise
+                note = f"{label} is not timed: {error}"
+                print(f"{size}, {method}, {threads} thread(s): {note}", file=sys.stderr)
+                row["notes"].append(note)
+                side.__exit__()  # at once, so that it is not there while the others are timed
+                continue
+            sides[label], losses[label] = side, [loss for loss, _ in seen]
+            if label == COMPILED:
+                row["compile_seconds"] = seen[0][1]
+        row |= {"trained": built[OURS]["trained"], "torch_adamw": built[THEIRS]["adamw"], "losses": losses}
+        if built[OURS]["trained"] != built[THEIRS]["trained"]:
+            raise Failure(f"{size}, {method}: the two sides do not train the same number of parameters, {built}")
+        row["loss_distance"] = check(losses, f"{size}, {method}, {threads} thread(s)", method)
+        for side in sides.values():
+            side.ask("idle_rate")
+        time_all(row, sides, args)
+    return row
 
-    trained, torch_trained = optimizer.data.size, sum(p.numel() for p in net.parameters() if p.requires_grad)
-    print(f"\n{size}, {method}: minilora trains {trained:,} numbers, PyTorch {torch_trained:,} (AdamW: {loop})")
-    assert trained == torch_trained, "the two sides do not train the same"
-    losses = [(step(), torch_step()) for _ in range(CHECKED_STEPS)]
-    for i, (ours, theirs) in enumerate(losses):
-        print(f"  loss of step {i + 1}: {ours:.6f} and {theirs:.6f}, apart by {abs(ours - theirs):.1e}")
-    assert np.ptp(losses, axis=1).max() <= TOLERANCE, f"losses are more than {TOLERANCE} apart"
-    assert losses[0][1] - losses[-1][1] > 100 * TOLERANCE, "the loss fell too little for the check to mean much"
 
-    # From here on hardly anything moves: a step costs the same, and no softmax drifts towards 0 and 1.
-    optimizer.lr = torch_optimizer.param_groups[0]["lr"] = 1e-6
-    turns = {"minilora": [], "torch": []}  # the median step of each turn, ms
-    for _ in range(args.rounds):
-        for side, one in (("minilora", step), ("torch", torch_step)):
+def check(losses, where, method):
+    """The largest distance of any side's loss from PyTorch's in the checked steps. Raises Failure for another loss."""
+    theirs, steps = losses[THEIRS], 1 if method in FIRST_STEP_ONLY else CHECKED_STEPS
+    apart = {
+        label: max(abs(a - b) for a, b in zip(ours[:steps], theirs, strict=False)) for label, ours in losses.items()
+    }
+    worst = max(apart, key=apart.get)
+    if not apart[worst] <= TOLERANCE:  # a NaN is no agreement
+        raise Failure(f"{where}: {worst} and torch are {apart[worst]:.1e} apart: {losses[worst]} and {theirs}")
+    if not all(a[0] - a[-1] > 100 * TOLERANCE for a in losses.values()):
+        raise Failure(f"{where}: the loss fell too little for the check to mean much: {losses}")
+    return apart[worst]
+
+
+def time_all(row, sides, args):
+    """Add to the row: steps of every side, then peak memory and kept bytes, then forward and generation of LoRA."""
+    rounds, steps = settings.TURNS[row["size"]]
+    rounds, steps = args.rounds or rounds, args.steps_per_round or steps
+    warm = settings.UNTIMED.get(row["size"], 1)
+    turns = in_turns(sides, rounds, what="step", n=steps, warm=warm)
+    row |= {"rounds": rounds, "steps_per_round": steps, "ms_per_turn": turns, "ms": medians(turns)}
+    row["best"] = min((label for label in (OURS, workers_label(row["threads"])) if label in turns), key=row["ms"].get)
+    row["ratio_quartiles"] = ratio(turns[row["best"]], turns[THEIRS])
+    if COMPILED in turns:
+        row["compiled_ratio_quartiles"] = ratio(turns[row["best"]], turns[COMPILED])
+    # Workers share pages with the process that forked them; what that process has says little.
+    row["peak_mb"] = {label: side.ask("peak") for label, side in sides.items() if "workers" not in label}
+    pair = {label: sides[label] for label in (OURS, THEIRS)}
+    row["kept_bytes"] = {label: side.ask("kept") for label, side in pair.items()}
+    if row["method"] != "lora":
+        return
+    turns = in_turns(pair, rounds, what="forward", n=steps, warm=warm)
+    row |= {"forward_ms_per_turn": turns, "forward_ms": medians(turns)}
+    row["forward_ratio_quartiles"] = ratio(turns[OURS], turns[THEIRS])
+    n = min(TOKENS, SIZES[row["size"]][1] - PROMPT)
+    texts = {label: side.ask("generate", prompt=PROMPT, n=n) for label, side in pair.items()}
+    same = [a == b for a, b in zip(texts[OURS], texts[THEIRS], strict=True)]
+    row["generated"] = {"tokens": n, "alike_from_the_start": [*same, False].index(False)}
+    turns = {label: [] for label in pair}
+    for _ in range(min(rounds, 4)):
+        for label, side in pair.items():
             time.sleep(PAUSE)
-            turns[side].append(1e3 * statistics.median(seconds_of(one, args.steps_per_round)))
-    ratio = [np.percentile(np.divide(turns["minilora"], turns["torch"]), q) for q in (25, 50, 75)]
-    medians = {side: statistics.median(ms) for side, ms in turns.items()}
-    row = {"size": size, "method": method, "trained": trained, "torch_adamw": loop, "losses": losses}
-    return row | {"ms_per_turn": turns, "ms": medians, "ratio_quartiles": ratio}
+            begin = time.perf_counter()
+            side.ask("generate", prompt=PROMPT, n=n)
+            turns[label].append(1e3 * (time.perf_counter() - begin))
+    row["generate_ms_per_turn"] = turns
+    row["tokens_per_second"] = {label: 1e3 * n / statistics.median(ms) for label, ms in turns.items()}
+
+
+def in_turns(sides, rounds, **question):
+    """The median ms of every turn, side by side: one turn each, ``rounds`` times."""
+    turns = {label: [] for label in sides}
+    for _ in range(rounds):
+        for label, side in sides.items():
+            time.sleep(PAUSE)
+            turns[label].append(statistics.median(side.ask("turn", **question)))
+    return turns
+
+
+def medians(turns):
+    return {label: statistics.median(ms) for label, ms in turns.items()}
+
+
+def ratio(ours, theirs):
+    """Quartiles, over the rounds, of our time by theirs in the same round."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
+
+
+def startup(folder, rounds=5):
+    """Seconds from before the first import to the end of the first LoRA step at size S: a fresh process each time."""
+    path, seconds = str(folder / "arrays.npz"), {OURS: [], THEIRS: []}
+    told = {"size": "S", "method": "lora", "path": path}
+    with Side("ours", 1) as maker:
+        maker.ask("make", **told)
+    for _ in range(rounds):
+        for label, module, more in ((OURS, "ours", {}), (THEIRS, "theirs", {"adamw": "foreach"})):
+            with Side(module, 1) as side:
+                seconds[label].append(side.ask("startup", **told, **more))
+    return {"seconds": seconds, "median": medians(seconds)}
 
 
 def machine():
-    """What the figures depend on: CPU, threads, versions, date."""
+    """(what the figures depend on: CPU, versions, date; the memory of each side's imports, MB)."""
     info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     names = [line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")]
-    cpu = names[0] if names else platform.processor() or platform.machine()
-    blas = [lib for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "blas"]
-    blas = ", ".join(f"{lib['internal_api']} {lib['version']}" for lib in blas) or "unknown to threadpoolctl"
-    versions = {module.__name__: module.__version__ for module in (np, torch, peft, minilora)}
-    facts = {"CPU": cpu, "cores": CORES, "threads": args.threads, "Python": platform.python_version(), **versions}
-    return facts | {"NumPy's BLAS": blas, "date": datetime.date.today().isoformat()}
+    facts = {"CPU": names[0] if names else platform.processor() or platform.machine(), "cores": CORES}
+    facts["date"], imports = datetime.date.today().isoformat(), {}
+    for label, module in ((OURS, "ours"), (THEIRS, "theirs")):
+        with Side(module, 1) as side:
+            imports[label] = side.ask("imports")
+            facts |= side.ask("facts")
+    return facts, imports
+
+
+def run(args):
+    facts, imports = machine()
+    seen = {
+        "machine": facts,
+        "imports_mb": imports,
+        "command": shlex.join(["versus_peft.py", *sys.argv[1:]]),
+        "rows": [],
+    }
+    print("; ".join(f"{key} {value}" for key, value in seen["machine"].items()), file=sys.stderr)
+    del seen["machine"]["minilora is"]  # a path of this machine, of interest while it runs
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if args.all or args.startup:
+            seen["startup"] = startup(folder)
+        for row in plan(args):
+            begin = time.perf_counter()
+            seen["rows"].append(compare(*row, args, folder))
+            row = seen["rows"][-1]
+            print(report.line(row), f"({time.perf_counter() - begin:.0f} s)", file=sys.stderr)
+            if args.out:  # after every row: a long run that is stopped leaves what it had
+                args.out.with_suffix(".json").write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
+                args.out.with_suffix(".md").write_text(report.tables(seen) + "\n", encoding="utf-8")
+    print(report.tables(seen))
+    if args.out:
+        from versus.plot import draw
+
+        draw(seen, args.out.with_suffix(".png"))
 
 
 def main():
-    torch.set_num_threads(args.threads)
-    threadpoolctl.threadpool_limits(args.threads, user_api="blas")
-    report = {"machine": machine(), "keep_heap": keep_heap(), "rounds": args.rounds, "steps": args.steps_per_round}
-    print("; ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    print(f"minilora is {Path(minilora.__file__).parent}; keep_heap, for both sides: {report['keep_heap']}")
-    report["results"] = [compare(size, method) for size in args.sizes for method in args.methods]
-    print(f"\nMedian ms per step, {args.rounds} rounds of {args.steps_per_round} steps, {args.threads} thread(s):")
-    print("| size | method        | minilora | PyTorch + PEFT | ratio | its quartiles |")
-    print("|------|---------------|---------:|---------------:|------:|--------------:|")
-    for row in report["results"]:
-        ms, (q1, ratio, q3) = row["ms"], row["ratio_quartiles"]
-        print(f"| {row['size']:4} | {row['method']:13} | {ms['minilora']:8.1f} | {ms['torch']:14.1f}", end=" ")
-        print(f"| {ratio:5.2f} | {q1:5.2f} … {q3:5.2f} |")
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    args = options()
+    try:
+        run(args)
+    except SideError as error:
+        hint = f"; in the root of the repository, run: {INSTALL}" if error.missing else ""
+        sys.exit(f"versus_peft: {error}{hint}")
+    except Failure as failure:
+        sys.exit(f"versus_peft: {failure}")
+    except ImportError as error:
+        sys.exit(f"versus_peft: no figure: {error}")
+    except KeyboardInterrupt:
+        sys.exit("versus_peft: stopped")
 
 
 if __name__ == "__main__":

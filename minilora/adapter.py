@@ -110,7 +110,7 @@ class AdaptedLinear(Module):
     @property
     def p(self) -> Saved:
         """The layer's arrays by name, trainable, buffers and shared alike."""
-        return Saved((name, t.data) for name, t in [*self.shared.items(), *self.arrays.children()])
+        return Saved({name: t.data for name, t in (*self.shared.items(), *vars(self.arrays).items())})
 
     def __call__(self, x: Tensor) -> Tensor:
         """Raises InputError for a wrong shape, dtype or device, RuntimeError when a merged layer is trained."""
@@ -129,7 +129,7 @@ class AdaptedLinear(Module):
             y, saved = plain(y), {name: plain(array, x.data) for name, array in saved.items()}
         if self.base.b is not None:
             y += self.base.b.data
-        trained, need_dx = self.arrays.trainable(), x.requires_grad
+        trained, need_dx = {name: t for name, t in vars(self.arrays).items() if t.node}, x.requires_grad
 
         def vjp(dy, saved):
             dy, saved = rows(dy), Saved((name, rows(array)) for name, array in saved.items())

@@ -19,7 +19,10 @@ def array_module(*arrays):
 
     Raises InputError for a mixture of the two, or for something that is no array.
     """
-    if all(isinstance(a, np.ndarray) for a in arrays):
+    for array in arrays:
+        if not isinstance(array, np.ndarray):
+            break
+    else:
         return np
     names = {_library(a) for a in arrays}
     if len(names) > 1:

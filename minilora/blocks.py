@@ -54,6 +54,16 @@ def causal_blocks(batch, T, Tq, heads, block):
     return blocks
 
 
+def largest(blocks):
+    """Entries of the largest block."""
+    return max(entries.stop - entries.start for *_, entries in blocks)
+
+
+def place(entries):
+    """The place of a block in scratch, of which each block takes the beginning."""
+    return slice(0, entries.stop - entries.start)
+
+
 def scores(flat, samples, heads, keys):
     """Two views of a block of S or P: (keys, samples · heads, queries), in which a reduction over the keys runs along
     long rows, and (samples, heads, keys, queries), for products."""

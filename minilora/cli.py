@@ -10,6 +10,7 @@ import sys
 
 from . import methods
 from .errors import InputError, TrainingStopped
+from .gpt import RECOMPUTED
 
 
 def main(argv=None) -> int:
@@ -54,6 +55,7 @@ def build_parser(argv) -> argparse.ArgumentParser:
     p.add_argument("--lr", type=float, help="one learning rate for all, instead of each method's recorded one")
     p.add_argument("--batch", type=int, default=8, help="sequences per step")
     p.add_argument("--out", default="compare", metavar="DIR", help="folder for compare.json, .md and .png")
+    worker_flag(p)
     common(p)
 
     p = command("train", run_train, "Fine-tune with one method, on the Folio or on your own text; save the adapter.")
@@ -69,6 +71,10 @@ def build_parser(argv) -> argparse.ArgumentParser:
     p.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, on matrices")
     p.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     p.add_argument("--out", default="runs/train", metavar="DIR", help="folder for adapter.safetensors, history.json")
+    p.add_argument("--micro-batches", type=int, default=1, metavar="K",
+                   help="take each batch in K parts, one after another: the same step in less memory")  # fmt: skip
+    recompute_flag(p)
+    worker_flag(p)
     common(p)
     method_flags(p, argv)
 
@@ -84,6 +90,7 @@ def build_parser(argv) -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, help="training steps; the recipe's by default")
     p.add_argument("--out", default="pretrained.npz", metavar="FILE", help="the model file to write")
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute")
+    worker_flag(p, "1: dropout, and so the model, depends on it")
 
     p = command("generate", run_generate, "Write text with the base model, or with an adapter that train saved.")
     p.add_argument("--adapter", metavar="DIR", help="folder of a train run")
@@ -100,6 +107,7 @@ def build_parser(argv) -> argparse.ArgumentParser:
     p.add_argument("methods", nargs="+", metavar="METHOD", help="methods to audit, on the shipped model")
     p.add_argument("--batch", type=int, default=8, help="sequences of the full context")
     p.add_argument("--json", action="store_true", help="print JSON")
+    recompute_flag(p)
 
     p = command("trace", run_trace, "One training step of the shipped model, operation by operation.")
     p.add_argument("method", metavar="METHOD", help="the method that adapts it")
@@ -122,6 +130,22 @@ def common(p):
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute")
 
 
+def worker_flag(p, usual="as many as there are cores, at most 4; 1 where there is no fork"):
+    help = f"processes that share each batch out, one core each; by default {usual}"
+    p.add_argument("--workers", type=int, default=argparse.SUPPRESS, metavar="N", help=help)
+
+
+def recompute_flag(p):
+    help = "compute these again in backward instead of keeping them: " + ", ".join(RECOMPUTED)
+    p.add_argument("--recompute", nargs="+", default=[], metavar="WHAT", help=help)
+
+
+def workers(args):
+    from .parallel import usual_workers
+
+    return args.workers if "workers" in args else usual_workers(args.device)
+
+
 def method_flags(p, argv):
     """Add a flag for each field of the method that the command line names, such as --r and --alpha."""
     named = [word for word in argv if word in methods.names()]
@@ -134,7 +158,8 @@ def run_compare(args):
     from .compare import compare
 
     names = args.methods and [name for word in args.methods for name in word.split(",") if name]
-    compare(names, args.steps, args.seed, args.device, args.r, args.alpha, args.out, args.lr, args.batch, args.base)
+    compare(names, args.steps, args.seed, args.device, args.r, args.alpha, args.out, args.lr, args.batch, args.base,
+            workers=workers(args))  # fmt: skip
 
 
 def run_train(args):
@@ -146,7 +171,8 @@ def run_train(args):
     finetune(
         methods.create(args.method, **options), targets, data=args.data, replace=args.replace_unknown, steps=args.steps,
         lr=args.lr, batch=args.batch, warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip, out=args.out,
-        base=args.base, seed=args.seed, device=args.device,
+        base=args.base, seed=args.seed, device=args.device, workers=workers(args), micro_batches=args.micro_batches,
+        recompute=args.recompute,
     )  # fmt: skip
 
 
@@ -159,7 +185,7 @@ def run_pretrain(args):
 
     recipe = Recipe() if args.steps is None else replace(Recipe(), steps=args.steps)
     writable_folder(Path(args.out).parent)
-    model, history = pretrain(recipe, args.device)
+    model, history = pretrain(recipe, args.device, workers=vars(args).get("workers", 1))
     save_model(args.out, model.to("cpu"))
     print(f"Written: {args.out}, after {sum(history.seconds):.0f} s of training")
 
@@ -187,14 +213,14 @@ def run_methods(args):
     print(json.dumps(entries, indent=1) if args.json else show(entries))
 
 
-def adapted_step(method, batch):
+def adapted_step(method, batch, recompute=()):
     """The shipped model with ``method``, and a batch (ids, targets) of the Folio."""
     from .checkpoint import pretrained
     from .data import CharTokenizer, fixed_batches, load_corpus
     from .surgery import adapt
 
     adapter = methods.create(method)
-    model = pretrained()
+    model = pretrained().recompute(*recompute)
     ids = CharTokenizer().encode(load_corpus("folio").val)
     return adapt(model, adapter, verbose=False), *fixed_batches(ids, batch, model.config.n_positions)[0]
 
@@ -204,7 +230,7 @@ def run_ledger(args):
 
     from .ledger import audit, show
 
-    audits = {name: audit(*adapted_step(name, args.batch)) for name in args.methods}
+    audits = {name: audit(*adapted_step(name, args.batch, args.recompute)) for name in args.methods}
     if args.json:
         plain = lambda a: {**a, "entries": [asdict(e) for e in a["entries"] if e.nbytes]}
         print(json.dumps({name: plain(a) for name, a in audits.items()}, indent=1))

@@ -65,7 +65,7 @@ def learning_rate(method: str) -> float:
     return rates["methods"].get(method, rates["default"])
 
 
-def tune(task: Task, method, steps, lr, batch, seed, progress=None):
+def tune(task: Task, method, steps, lr, batch, seed, progress=None, workers=1):
     """Fine-tune the base model on B with ``method``, an Adapter: (model, History, curve of (step, held-out loss))."""
     model = adapt(task.load().to(task.device), method, seed=seed, verbose=False)
     rng = np.random.default_rng(seed)  # the same batches for every method
@@ -79,20 +79,22 @@ def tune(task: Task, method, steps, lr, batch, seed, progress=None):
 
     warmup = min(20, steps // 5)
     history = train(
-        model, optimizer, batches, steps, warmup, callback=callback, label=method.name, progress=progress
+        model, optimizer, batches, steps, warmup, callback=callback, label=method.name, progress=progress,
+        workers=workers,
     )  # fmt: skip
     return model, history, curve
 
 
 def compare(
     names=None, steps=120, seed=0, device="cpu", r=None, alpha=None, out="compare", lr=None, batch=8, base=None,
-    progress=None, report=print,
+    progress=None, report=print, workers=1,
 ) -> dict:  # fmt: skip
     """Fine-tune with every method of ``names`` (all by default); write compare.json, .md and .png into ``out``.
 
     ``r`` and ``alpha`` go to each method that has them, instead of its default, and ``lr`` replaces the recorded
-    learning rates. Returns what compare.json holds: ``settings``, ``rows`` (with ROW_KEYS), and by method ``curves``
-    and ``samples``. Raises InputError, before anything is trained or written, for any input that cannot be used.
+    learning rates. ``workers``: processes that share each batch out. Returns what compare.json holds: ``settings``,
+    ``rows`` (with ROW_KEYS), and by method ``curves`` and ``samples``. Raises InputError, before anything is trained
+    or written, for any input that cannot be used.
     """
     names = methods.names() if names is None else list(dict.fromkeys(names))
     given = {key: value for key, value in {"r": r, "alpha": alpha}.items() if value is not None}
@@ -110,7 +112,7 @@ def compare(
     samples, rows, curves = {"before": write_sample(task.model, task.tokenizer, seed)}, [], {}
     report(f"Base model: {loss_a:.3f} on modern spelling (A), {loss_b:.3f} on the Folio (B), nats per character.")
     for name, method in zip(names, chosen, strict=True):
-        model, history, curves[name] = tune(task, method, steps, rates[name], batch, seed, progress)
+        model, history, curves[name] = tune(task, method, steps, rates[name], batch, seed, progress, workers)
         trainable, total = count_parameters(model)
         after_a, after_b = task.losses(model)
         samples[name] = write_sample(model, task.tokenizer, seed)
@@ -122,7 +124,7 @@ def compare(
     result = {
         "settings": {
             "options": {m.name: asdict(m) for m in chosen}, "batch": batch,
-            "context": task.model.config.n_positions, "device": device,
+            "context": task.model.config.n_positions, "device": device, "workers": workers,
             "learning_rates": rates,
             "prompt": PROMPT, "date": date.today().isoformat(),
             "python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine(),
@@ -188,7 +190,8 @@ def page(result: dict) -> str:
         "on B is learning, higher on A is forgetting. Kept: what backward needs. ms/step: median of a whole step.",
         "",
         f"{result['rows'][0]['steps']} steps of {s['batch']} × {s['context']} characters, seed "
-        f"{result['rows'][0]['seed']}, {s['device']}, {s['date']}, Python {s['python']}, NumPy {s['numpy']}.",
+        f"{result['rows'][0]['seed']}, {s['device']}, workers: {s['workers']}, {s['date']}, "
+        f"Python {s['python']}, NumPy {s['numpy']}.",
         "",
         f"Settings: {rates}.",
         "",

@@ -16,9 +16,11 @@ from .train import evaluate, train
 def finetune(
     method, targets="all-linear", data=None, replace=None, steps=150, lr=None, batch=8, warmup=20, weight_decay=0.0,
     clip=1.0, out="runs/train", base=None, seed=0, device="cpu", progress=None, report=print,
+    workers=1, micro_batches=1, recompute=(),
 ):  # fmt: skip
     """Fine-tune with ``method``, an Adapter; write adapter.safetensors and history.json into ``out``.
 
+    ``workers``, ``micro_batches``: see train; ``recompute``: see GPT.recompute.
     ``data``: a text file, whose end is held out; the Folio by default. Raises InputError before any training for
     input that cannot be used; TrainingStopped at a loss that is not finite, with the last good state saved.
     """
@@ -33,6 +35,7 @@ def finetune(
     write = lambda: write_sample(model, tokenizer, seed, prompt)
     mark = fingerprint(model)
     adapt(model.to(device), method, targets, seed)
+    model.recompute(*recompute)
     rate = learning_rate(method.name) if lr is None else lr
     optimizer = AdamW(model.trainable(), rate, weight_decay=weight_decay, clip=clip)
     folder = writable_folder(out)
@@ -40,7 +43,8 @@ def finetune(
     before, sample = evaluate(model, held_out), write()  # an adapter starts as the base model
     try:
         history = train(
-            model, optimizer, batches, steps, min(warmup, steps // 2), label=method.name, progress=progress
+            model, optimizer, batches, steps, min(warmup, steps // 2), label=method.name, progress=progress,
+            micro_batches=micro_batches, workers=workers,
         )  # fmt: skip
     except TrainingStopped as stop:
         save_adapter(folder / "adapter.safetensors", model, mark)

@@ -13,7 +13,9 @@ from .blocks import (
     block_of,
     causal_blocks,
     head_columns,
+    largest,
     later_positions,
+    place,
     row_blocks,
     row_dot,
     row_mean,
@@ -82,7 +84,8 @@ def layer_norm_forward(need, x, g, b, *, eps=1e-5, recompute=False):
     if x.ndim != 2 or g.shape != x.shape[1:] or b.shape != g.shape:
         raise InputError(f"layer_norm: x {x.shape}, g {g.shape}, b {b.shape}; g and b must be (d,) for x (N, d)")
     xp, (N, d) = array_module(x), x.shape
-    x_hat, r, y = empty((N, d), x), empty((N, 1), x), empty((N, d), x)
+    y, r = empty((N, d), x), empty((N, 1), x)
+    x_hat = empty((N, d), x) if any(need) else y
     for rows in row_blocks(x):
         centred = xp.subtract(x[rows], row_mean(x[rows]), out=x_hat[rows])
         r[rows] = 1.0 / xp.sqrt(row_dot(centred, centred) / d + eps)  # F1
@@ -191,19 +194,20 @@ def attention_forward(need, q, k, v, *, batch, heads, block=64, recompute=False)
         rows = f"{len(q)} and {len(k)} rows do not divide into a batch of {batch}"
         raise InputError(f"attention: {rows}, or a width of {q.shape[1]} not into {heads} heads")
     blocks = causal_blocks(batch, len(k) // batch, len(q) // batch, heads, block)
-    y, P = empty(q.shape, q), empty((blocks[-1][-1].stop,), q)
+    keep = any(need) and not recompute
+    y, P = empty(q.shape, q), empty((blocks[-1][-1].stop if keep else largest(blocks),), q)
     k_, v_, y_ = (split_heads(a, batch, heads) for a in (k, v, y))
     q_columns = head_columns(q, batch, heads, 1.0 / math.sqrt(q.shape[1] // heads))
     later = later_positions(xp, block, q.real.dtype)
     for samples, queries, keys, entries in blocks:
-        S, S_ = scores(P[entries], samples, heads, keys)
+        S, S_ = scores(P[entries if keep else place(entries)], samples, heads, keys)
         xp.matmul(k_[samples, :, keys], q_columns[samples, :, :, queries], out=S_)
         S[queries.start - queries.stop :] += later[: S.shape[-1], :, : S.shape[-1]]  # F1
         S -= S.max(axis=0)  # softmax is the same for a shifted column, and exp cannot overflow
         xp.exp(S, out=S)
         S *= 1.0 / S.sum(axis=0)  # F2
         xp.matmul(S_.swapaxes(-1, -2), v_[samples, :, keys], out=y_[samples, :, queries])  # F3
-    return y, {"q": q, "k": k, "v": v, "P": None if recompute else P, "how": (batch, heads, block, recompute)}
+    return y, {"q": q, "k": k, "v": v, "P": P if keep else None, "how": (batch, heads, block, recompute)}
 
 
 def attention_backward(need, dy, saved):
@@ -220,10 +224,10 @@ def attention_backward(need, dy, saved):
     if recompute:
         again = attention_forward(need, saved.q, saved.k, saved.v, batch=batch, heads=heads, block=block)[1]
     kept = again["P"] if recompute else saved.P
-    dy_columns, scratch = head_columns(dy, batch, heads), empty((max(e.stop - e.start for *_, e in blocks),), dy)
+    dy_columns, scratch = head_columns(dy, batch, heads), empty((largest(blocks),), dy)
     for samples, queries, keys, entries in reversed(blocks):
         P, P_ = scores(kept[entries], samples, heads, keys)
-        dS, dS_ = scores(scratch[: P.size], samples, heads, keys)
+        dS, dS_ = scores(scratch[place(entries)], samples, heads, keys)
         first = queries.stop == dy_.shape[2]  # the last block sees every key: it writes, the others add
         add_product(P_, dy_[samples, :, queries], dv[samples, :, keys], first)  # B1
         xp.matmul(v_[samples, :, keys], dy_columns[samples, :, :, queries], out=dS_)  # B2

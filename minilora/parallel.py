@@ -7,6 +7,7 @@ the gradient of its own sequences, and the sum is the gradient of the batch.
 
 import mmap
 import multiprocessing
+import os
 import signal
 import sys
 import warnings
@@ -15,6 +16,13 @@ import numpy as np
 
 from .errors import InputError
 from .train import accumulate, count_targets, split
+
+
+def usual_workers(device="cpu", most=4) -> int:
+    """As many workers as this process has cores, at most ``most``; one on a GPU, and where there can be no more."""
+    if device != "cpu" or not sys.platform.startswith("linux"):
+        return 1
+    return min(most, len(os.sched_getaffinity(0)))
 
 
 class Workers:

@@ -27,7 +27,7 @@ class Recipe:
     seed: int = 1
 
 
-def pretrain(recipe=Recipe(), device="cpu", progress=None, every=250, report=print) -> tuple[GPT, History]:
+def pretrain(recipe=Recipe(), device="cpu", progress=None, every=250, report=print, workers=1) -> tuple[GPT, History]:
     """A GPT trained by ``recipe``; ``report`` gets a line with both losses each ``every`` steps."""
     corpus, tokenizer = load_corpus("modern"), CharTokenizer()
     train_ids, val_ids = tokenizer.encode(corpus.train), tokenizer.encode(corpus.val)
@@ -46,6 +46,6 @@ def pretrain(recipe=Recipe(), device="cpu", progress=None, every=250, report=pri
     batches = random_batches(train_ids, recipe.batch, context, rng)
     history = train(
         model, optimizer, batches, recipe.steps, recipe.warmup, rng=rng, callback=callback,
-        label="pretrain", progress=progress,
+        label="pretrain", progress=progress, workers=workers,
     )  # fmt: skip
     return model, history
