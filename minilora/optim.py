@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 from .backend import array_module
+from .blocks import block_of, row_blocks
 from .errors import InputError, TrainingStopped
 
 
@@ -103,24 +104,27 @@ class AdamW(Optimizer):
             raise InputError(f"AdamW: betas are {betas}; both must be at least 0 and below 1")
         check_positive(eps=eps)
         self.betas, self.eps, self.t = betas, eps, 0
-        self.m, self.v, self.scratch = (0.0 * self.data for _ in range(3))
+        self.m, self.v, self.scratch = 0.0 * self.data, 0.0 * self.data, block_of(self.data)
 
     def move(self):
-        xp, (beta1, beta2), g, w = array_module(self.data), self.betas, self.grad, self.scratch
+        xp, (beta1, beta2) = array_module(self.data), self.betas
         self.t += 1
-        self.m *= beta1
-        self.m += xp.multiply(g, 1.0 - beta1, out=w)
-        self.v *= beta2
-        xp.multiply(g, g, out=w)
-        w *= 1.0 - beta2
-        self.v += w
-        xp.sqrt(self.v, out=w)
-        w *= 1.0 / math.sqrt(1.0 - beta2**self.t)
-        w += self.eps
-        xp.divide(self.m, w, out=w)
-        w *= self.lr / (1.0 - beta1**self.t)
-        w *= self.lr_scale
-        self.data -= w
+        for part in row_blocks(self.data):
+            g, m, v, data = (a[part] for a in (self.grad, self.m, self.v, self.data))
+            w, lr_scale = self.scratch[: len(g)], self.lr_scale
+            m *= beta1
+            m += xp.multiply(g, 1.0 - beta1, out=w)
+            v *= beta2
+            xp.multiply(g, g, out=w)
+            w *= 1.0 - beta2
+            v += w
+            xp.sqrt(v, out=w)
+            w *= 1.0 / math.sqrt(1.0 - beta2**self.t)
+            w += self.eps
+            xp.divide(m, w, out=w)
+            w *= self.lr / (1.0 - beta1**self.t)
+            w *= lr_scale[part] if getattr(lr_scale, "shape", ()) else lr_scale
+            data -= w
 
     def state(self):
         return {"m": self.m, "v": self.v, "t": np.array(self.t)}
