@@ -136,7 +136,7 @@ class AdaptedLinear(Module):
             if short and (many or not need_dx):
                 dx, grads = short.backward(dy, saved, W, p, need_dx)
             else:
-                dx, grads = method.backward(dy, saved, W, p)
+                dx, grads = method.backward(dy, saved, W, Saved((name, rows(array)) for name, array in p.items()))
             return plain(dx), *(plain(grads[name]) for name in trained)
 
         return record(method.name, y, saved, vjp, [x, *trained.values()])

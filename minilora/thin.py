@@ -7,7 +7,8 @@ a tall product is handed to it as a stack of short ones. A method file writes ``
 import numpy as np
 
 THIN = 32  # the smallest dimension up to which a product counts as thin
-ROWS = 64  # rows of a short product
+SMALL = 10**6  # the largest M·N·K that is computed without packing
+ROWS = 64  # rows of a short product, at most
 
 
 class Rows(np.ndarray):
@@ -42,8 +43,15 @@ def product(a, b):
     if a.ndim != 2 or b.ndim != 2 or min(*a.shape, b.shape[-1]) > THIN or a.dtype != b.dtype:
         return a @ b
     (M, K), N = a.shape, b.shape[1]
-    if M >= K and M % ROWS == 0 and a.flags.c_contiguous:  # rows of the result, ROWS at a time
-        return (a.reshape(M // ROWS, ROWS, K) @ b).reshape(M, N)
-    if K > M and K % ROWS == 0 and a.flags.f_contiguous and b.flags.c_contiguous:  # a sum over ROWS terms at a time
-        return (a.T.reshape(K // ROWS, ROWS, M).swapaxes(1, 2) @ b.reshape(K // ROWS, ROWS, N)).sum(axis=0)
+    if M * N * K <= SMALL:
+        return a @ b
+    if a.flags.c_contiguous and M % (short := rows_for(K * N)) == 0:  # rows of the result, a few at a time
+        return (a.reshape(M // short, short, K) @ b).reshape(M, N)
+    if a.flags.f_contiguous and b.flags.c_contiguous and K % (short := rows_for(M * N)) == 0:  # a sum, a few terms each
+        return (a.T.reshape(K // short, short, M).swapaxes(1, 2) @ b.reshape(K // short, short, N)).sum(axis=0)
     return a @ b
+
+
+def rows_for(work):
+    """Rows of a short product in which each row takes ``work`` multiplications."""
+    return ROWS if ROWS * work <= SMALL else ROWS // 2

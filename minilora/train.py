@@ -67,7 +67,8 @@ def train(
     ``rng`` draws dropout; ``callback(step, history)`` runs after each step, outside its time. ``progress``: a bar
     with loss, tokens per second and the time that is left; by default where the output is a terminal.
     ``micro_batches``: each batch is taken in so many parts, one after another, at a fraction of the memory;
-    ``workers``: so many processes share it out, each on one core. Neither changes the step, but for rounding.
+    ``workers``: so many processes share it out, each on one core. Neither changes the step, but for rounding and for
+    the draws of dropout.
     Raises InputError for steps < 1 or batches that end early, and TrainingStopped, with the weights of the last
     good step in place, at a loss or gradient that is not finite.
     """
@@ -75,9 +76,13 @@ def train(
         raise InputError(f"train: steps is {steps}; ask for at least one")
     check_positive(zero_allowed=True, warmup=warmup, floor=floor)
     keep_heap()
-    history, peak, batches = History(), optimizer.lr, iter(batches)
+    history, peak, batches, team = History(), optimizer.lr, iter(batches), nullcontext()
+    if workers != 1:
+        from .parallel import Workers
+
+        team = Workers(model, optimizer, workers)
     with (
-        shared_out(model, optimizer, workers) as team,
+        team as team,
         progress_bar(steps, label, progress) as bar,
         restored_rate(optimizer),
     ):
@@ -114,15 +119,6 @@ def restored_rate(optimizer):
         yield
     finally:
         optimizer.lr = peak
-
-
-def shared_out(model, optimizer, workers):
-    """A context whose value is the team for training_step: None for one worker, which needs none."""
-    if workers == 1:
-        return nullcontext()
-    from .parallel import Workers
-
-    return Workers(model, optimizer, workers)
 
 
 def training_step(model, optimizer, ids, targets, rng=None, history=None, micro_batches=1, team=None):

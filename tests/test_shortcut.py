@@ -133,8 +133,9 @@ thin_or_not = st.sampled_from([0, 1, 2, 8, 32, 33, 64, 128])
     N=thin_or_not,
     dtype=st.sampled_from([np.float32, np.float64, np.complex128]),
     seed=st.integers(0, 9),
+    small=st.sampled_from([0, 2000, 10**6]),  # what counts as small enough to be left whole, or in stacks of 64
 )
-def test_a_thin_product_is_the_product(M, K, N, dtype, seed):
+def test_a_thin_product_is_the_product(M, K, N, dtype, seed, small):
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.standard_normal(shape).astype(dtype)
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == np.float32 else {"rtol": 1e-11, "atol": 1e-11}
@@ -144,7 +145,9 @@ def test_a_thin_product_is_the_product(M, K, N, dtype, seed):
         (draw(M, K).T, draw(M, N)),
         (draw(K, M), draw(M, N)),
     ):
-        result = thin.product(a, b)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(thin, "SMALL", small)
+            result = thin.product(a, b)
         assert result.shape == (a.shape[0], b.shape[1]) and result.dtype == dtype
         np.testing.assert_allclose(result, a @ b, **tolerance)
 
@@ -167,9 +170,14 @@ def test_the_short_way_is_taken(monkeypatch):
             seen.append(shape)
             return right(self.view(np.ndarray), *shape)
 
-    a, b = np.ones((128, 64)).view(Spy), np.ones((64, 4))
+    a, b = np.ones((4096, 64)).view(Spy), np.ones((64, 4))
     thin.product(a, b)
-    assert (2, thin.ROWS, 64) in seen
+    assert (64, thin.ROWS, 64) in seen
+    thin.product(np.ones((1024, 4096)).view(Spy), np.ones((4096, 4)))  # 64 rows would be more than a million products
+    assert (32, 32, 4096) in seen
+    seen.clear()
+    thin.product(a[:128], b)  # small as it is
+    assert not seen
 
 
 def test_shapes_that_do_not_fit_are_numpy_s_error():
