@@ -47,9 +47,11 @@ class Again:
         self.compute, self.node = compute, node
 
     def __call__(self):
-        if "again" not in self.node.saved:
-            self.node.saved["again"] = self.compute(self.node.saved)
-        return self.node.saved["again"]
+        saved = self.node.saved
+        if "again" not in saved:
+            saved.update((k, v()) for k, v in [*saved.items()] if isinstance(v, Again))
+            saved["again"] = self.compute(saved)
+        return saved["again"]
 
 
 class Tensor:

@@ -5,6 +5,7 @@ threads, which wait for each other's turn at Python. All see the same weights, i
 the gradient of its own sequences, and the sum is the gradient of the batch.
 """
 
+import contextlib
 import mmap
 import multiprocessing
 import os
@@ -14,8 +15,10 @@ import warnings
 
 import numpy as np
 
+from .adapter import AdaptedLinear, Adapter
 from .errors import InputError
-from .train import accumulate, count_targets, split
+from .nn import Module
+from .train import accumulate, check_parts, count_targets, split
 
 
 def usual_workers(device="cpu", most=4) -> int:
@@ -28,8 +31,8 @@ def usual_workers(device="cpu", most=4) -> int:
 class Workers:
     """``n`` processes, this one included, that compute a step's gradient together; close() or ``with`` ends them.
 
-    Each takes its share of the sequences, with one BLAS thread. The model's arrays move to shared memory and stay
-    there. Dropout is drawn anew by each process, from seeds that the step's ``rng`` gives.
+    Each takes its share of the sequences, with one BLAS thread. The arrays that a step changes move to shared memory
+    and stay there. Dropout is drawn anew by each process, from seeds that the step's ``rng`` gives.
     Raises InputError for n < 1, for a model on a GPU, and where the system cannot fork safely (not Linux).
     """
 
@@ -44,24 +47,29 @@ class Workers:
 
         self.model, self.optimizer, self.processes, self.connections = model, optimizer, [], []
         self.grads = shared_array((n, *optimizer.grad.shape), optimizer.grad.dtype)  # a row for each process
-        for p in {id(p): p for _, p in model.named_parameters()}.values():
+        for p in changed_after_step(model):
             p.data = shared_copy(p.data)
         optimizer.place(shared_copy(optimizer.data), self.grads[0])
         self.blas_threads = threadpool_limits(1, user_api="blas")
         fork = multiprocessing.get_context("fork")
         with warnings.catch_warnings():  # Python warns of a fork beside threads: OpenBLAS's own, and it prepares for it
             warnings.simplefilter("ignore", DeprecationWarning)
-            for grad in self.grads[1:]:
-                ours, theirs = fork.Pipe()
-                arguments = (theirs, [*self.connections, ours], model, optimizer, grad)
-                process = fork.Process(target=work, args=arguments, daemon=True)
-                process.start()
-                theirs.close()
-                self.connections.append(ours)
-                self.processes.append(process)
+            try:
+                for grad in self.grads[1:]:
+                    ours, theirs = fork.Pipe()
+                    self.connections.append(ours)
+                    arguments = (theirs, [*self.connections], model, optimizer, grad)
+                    process = fork.Process(target=work, args=arguments, daemon=True)
+                    process.start()
+                    theirs.close()
+                    self.processes.append(process)
+            except BaseException:
+                self.close()
+                raise
 
     def accumulate(self, ids, targets, rng=None, micro_batches=1, measure=False):
         """What train.accumulate does, with the sequences shared out; each process takes ``micro_batches`` parts."""
+        check_parts(micro_batches, len(ids))
         total, (own, *others) = count_targets(targets), split(len(ids), len(self.grads))
         try:
             for connection, part in zip(self.connections, others, strict=True):
@@ -90,6 +98,7 @@ class Workers:
         for process in self.processes:
             process.join(timeout=5)
             process.kill()
+            process.join()
         self.blas_threads.restore_original_limits()
 
     def __enter__(self):
@@ -105,14 +114,12 @@ def work(connection, siblings, model, optimizer, grad):
     for other in siblings:
         other.close()
     optimizer.place(optimizer.data, grad)
-    while True:
-        try:
+    with contextlib.suppress(EOFError, OSError):  # the other end has closed
+        while True:
             ids, targets, seed, *rest = connection.recv()
-        except (EOFError, OSError):
-            return
-        grad.fill(0.0)
-        rng = None if seed is None else np.random.default_rng(seed)
-        connection.send(attempt(model, ids, targets, rng, *rest))
+            grad.fill(0.0)
+            rng = None if seed is None else np.random.default_rng(seed)
+            connection.send(attempt(model, ids, targets, rng, *rest))
 
 
 def attempt(model, ids, targets, rng, micro_batches, total, measure):
@@ -123,6 +130,16 @@ def attempt(model, ids, targets, rng, micro_batches, total, measure):
         return accumulate(model, ids, targets, rng, min(micro_batches, len(ids)), total, measure)
     except Exception as error:
         return error
+
+
+def changed_after_step(model):
+    """The Parameters, beside the optimizer's, that a step may change: those of modules with an after_step of theirs."""
+    found = {}
+    for _, module in model.named_modules():
+        own, default = (module.method, Adapter) if isinstance(module, AdaptedLinear) else (module, Module)
+        if type(own).after_step is not default.after_step:
+            found |= {id(p): p for _, p in module.named_parameters()}
+    return found.values()
 
 
 def shared_array(shape, dtype) -> np.ndarray:

@@ -152,8 +152,7 @@ def accumulate(model, ids, targets, rng=None, micro_batches=1, total=None, measu
     that the mean is over, where these are not all of them.
     Raises InputError for fewer than 1 or more parts than sequences, TrainingStopped at a loss that is not finite.
     """
-    if not 1 <= micro_batches <= len(ids):
-        raise InputError(f"micro_batches is {micro_batches}; it must lie in 1 … {len(ids)}, the sequences of a batch")
+    check_parts(micro_batches, len(ids))
     total, value, kept = count_targets(targets) if total is None else total, 0.0, 0
     for part in split(len(ids), micro_batches):
         share = count_targets(targets[part]) / max(1, total)
@@ -168,6 +167,11 @@ def accumulate(model, ids, targets, rng=None, micro_batches=1, total=None, measu
         with np.errstate(over="ignore", invalid="ignore"):
             backward(loss, array_module(loss.data).asarray(share, loss.dtype))
     return value, kept
+
+
+def check_parts(micro_batches, n):
+    if not isinstance(micro_batches, int) or not 1 <= micro_batches <= n:
+        raise InputError(f"micro_batches is {micro_batches!r}; it must be an integer in 1 … {n}, a batch's sequences")
 
 
 def split(n, parts):

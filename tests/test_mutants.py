@@ -12,7 +12,8 @@ from minilora.gradcheck import check_operations
 SOURCE = Path(minilora.ops.__file__).read_text().split("\n")
 TAGGED = re.compile(r"  # .*\b(B\d+)\b")
 TARGET = re.compile(
-    r"^(\s+)(?:xp\.add\.at\((\w+),|xp\.\w+\(.*out=([\w\[\]:, ]+)\)|add_product\(.*, (\w+\[.*\]), first\)|([\w\[\]]+) [-+*/]?= )"
+    r"^(\s+)(?:xp\.add\.at\((\w+),|xp\.\w+\(.*out=([\w\[\]:, ]+)\)"
+    r"|add_product\(.*, (\w+\[.*\]), first\)|([\w\[\]]+) [-+*/]?= )"
 )
 LINES = [number for number, line in enumerate(SOURCE) if TAGGED.search(line)]
 

@@ -11,6 +11,7 @@ import types
 import numpy as np
 import pytest
 
+from minilora import methods
 from minilora.engine import Tensor, backward, record
 from minilora.errors import InputError, TrainingStopped
 from minilora.gpt import GPT, GPTConfig
@@ -18,7 +19,7 @@ from minilora.ledger import kept_bytes
 from minilora.nn import Module, Parameter
 from minilora.optim import SGD, AdamW, warmup_cosine
 from minilora.surgery import adapt
-from minilora.train import LostGradientWarning, evaluate, progress_bar, train, training_step
+from minilora.train import History, LostGradientWarning, accumulate, evaluate, progress_bar, train, training_step
 
 pytestmark = pytest.mark.quick
 
@@ -369,3 +370,181 @@ def test_a_target_that_is_ignored_has_no_weight_in_the_mean():
     targets[0, 1:] = -100
     whole = evaluate(gpt, [(ids, targets)])
     assert evaluate(gpt, [(ids[:1], targets[:1]), (ids[1:], targets[1:])]) == pytest.approx(whole, rel=1e-12)
+
+
+# -------------------------------------------------------------------------------- micro-batches
+
+SMALL = GPTConfig(vocab_size=7, n_positions=6, n_embd=16, n_layer=1, n_head=2)
+
+
+def lively(name="lora", config=SMALL):
+    """(float64 model, optimizer): adapted, or with all of it trained, and off the start, where B = 0 hides dA."""
+    model, rng = GPT(config, dtype=np.float64), np.random.default_rng(5)
+    if name != "all trained":
+        adapt(model, name, verbose=False, **methods.known(name, r=2))
+    for p in model.trainable().values():
+        p.data += 0.1 * rng.standard_normal(p.shape)
+    return model, AdamW(model.trainable(), lr=0.01)
+
+
+def uneven(batch=5, seed=3):
+    """(ids, targets) with targets ignored in the first sequence, nearly all of the second, and all of the last."""
+    ids, targets = np.random.default_rng(seed).integers(0, 7, (2, batch, 6))
+    targets[0, ::2], targets[1, 1:], targets[-1] = -100, -100, -100
+    return ids, targets
+
+
+@pytest.mark.parametrize("name", [*methods.names(), "all trained"])
+def test_micro_batches_add_up_to_the_gradient_of_the_batch(name):
+    ids, targets = uneven()
+    model, optimizer = lively(name)
+    loss = model.loss(ids, targets)
+    backward(loss)
+    value, whole = float(loss.data), optimizer.grad.copy()
+    assert all(p.grad.any() for p in model.trainable().values())
+    for k in (1, 2, 3, 5):  # of 5, the last part has nothing to count
+        optimizer.grad.fill(0.0)
+        parts, kept = accumulate(model, ids, targets, micro_batches=k)
+        assert kept == 0  # not asked for
+        if k == 1:
+            assert parts == value
+            np.testing.assert_array_equal(optimizer.grad, whole)
+        assert parts == pytest.approx(value, rel=1e-12)
+        assert np.abs(optimizer.grad - whole).max() <= 1e-12 * np.abs(whole).max(), k
+
+
+def test_a_part_counts_by_its_targets_and_not_by_its_sequences():
+    """By hand: two parts of one point each, of which one target is ignored, are the mean over the other alone."""
+    x, y = np.array([[1.0, 2.0], [3.0, -1.0]]), np.array([-100.0, 4.0])
+    model = Line()
+    value, _ = accumulate(model, x, y, micro_batches=2)
+    assert value == 16.0
+    np.testing.assert_array_equal(model.w.grad, -8.0 * x[1])
+
+
+def test_total_is_what_the_mean_is_over():
+    ids, targets = uneven()
+    model, optimizer = lively()
+    value, _ = accumulate(model, ids, targets)
+    whole = optimizer.grad.copy()
+    optimizer.grad.fill(0.0)
+    half, _ = accumulate(model, ids, targets, total=2 * int((targets != -100).sum()))
+    assert half == pytest.approx(value / 2, rel=1e-12)
+    np.testing.assert_allclose(optimizer.grad, whole / 2, rtol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_batch_in_which_every_target_is_ignored_is_an_error(k):
+    model, optimizer = lively()
+    ids, targets = uneven()
+    with pytest.raises(InputError, match="every target is ignore_index"):
+        training_step(model, optimizer, ids, np.full_like(targets, -100), micro_batches=k)
+
+
+@pytest.mark.parametrize("k", [0, -1, 6])
+def test_there_are_as_many_parts_as_sequences_at_most(k):
+    model, optimizer = lively()
+    with pytest.raises(InputError, match=f"micro_batches is {k}; it must be an integer in 1 … 5"):
+        train(model, optimizer, iter([uneven()]), 1, micro_batches=k)
+    assert not optimizer.grad.any()
+
+
+@pytest.mark.parametrize("name", ["lora", "all trained"])
+def test_kept_bytes_fall_with_the_number_of_parts(name):
+    """All that is kept is proportional to the tokens of a part, the largest of which counts; but a part's ids are a
+    view of the whole batch."""
+    model, optimizer = lively(name)
+    batch, kept = uneven(batch=12), {}
+    for k in (1, 2, 3, 5, 12):
+        history = History()
+        training_step(model, optimizer, *batch, history=history, micro_batches=k)
+        kept[k] = history.kept_bytes
+    for k, largest in {2: 6, 3: 4, 5: 3, 12: 1}.items():
+        assert kept[k] == pytest.approx(kept[1] * largest / 12, rel=0.03, abs=batch[0].base.nbytes), k
+
+
+def test_a_run_in_parts_is_the_same_run():
+    runs = []
+    for k in (1, 3):
+        model, optimizer = lively("delta_lora")
+        batches = (uneven(seed=seed) for seed in range(5))
+        runs.append((train(model, optimizer, batches, 5, micro_batches=k).loss, weights(model)))
+    (loss, whole), (loss_parts, parts) = runs
+    np.testing.assert_allclose(loss_parts, loss, rtol=1e-10)
+    assert all(np.allclose(whole[name], parts[name], rtol=1e-9, atol=1e-11) for name in whole)
+
+
+def test_dropout_in_parts_is_reproducible_and_drawn_for_each_part():
+    def run(seed, k):
+        model, optimizer = lively(config=GPTConfig(7, 6, 16, 1, 2, dropout=0.3))
+        value, _ = accumulate(model, *twice, np.random.default_rng(seed), micro_batches=k)
+        return value, optimizer.grad
+
+    twice = [np.repeat(a[:1], 2, axis=0) for a in uneven()]  # the same sequence twice: with one mask for both parts,
+    (first, grad), (again, grad_again), (other, _) = run(1, 2), run(1, 2), run(2, 2)
+    assert first == again != other
+    np.testing.assert_array_equal(grad, grad_again)
+    model, _ = lively(config=GPTConfig(7, 6, 16, 1, 2, dropout=0.3))
+    one_part = float(model.loss(twice[0][:1], twice[1][:1], np.random.default_rng(1)).data)
+    assert first != pytest.approx(one_part, rel=1e-6)  # the loss would be that of one part
+
+
+def test_a_loss_that_is_not_finite_in_a_later_part_moves_nothing():
+    model = Line()
+    optimizer = SGD(model.trainable(), lr=0.1)
+    ((x, y),) = points(1, batch=6)
+    y[3] = math.inf
+    with pytest.raises(TrainingStopped, match="the loss is inf"):
+        accumulate(model, x, y, micro_batches=3)
+    assert optimizer.grad.any()  # that of the first part
+    model.w.data[:] = [1.0, 2.0]
+    optimizer.grad.fill(0.0)
+    with pytest.raises(TrainingStopped, match="the loss is inf"):
+        training_step(model, optimizer, x, y, micro_batches=3)
+    np.testing.assert_array_equal(model.w.data, [1.0, 2.0])
+    assert not optimizer.grad.any() and model.steps_seen == 0
+
+
+@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
+def test_an_error_in_a_later_part_leaves_no_gradient_for_the_next_step(error):
+    (ids, targets), (model, optimizer), (fresh, other) = uneven(), lively(), lively()
+    right, before = model.loss, weights(model)
+
+    def fails(ids, targets, rng):
+        if (ids == 99).any() and error is KeyboardInterrupt:
+            raise error
+        return right(ids, targets, rng)
+
+    model.loss = fails
+    bad = ids.copy()
+    bad[3, 0] = 99  # targets in the last sequence do not count, and such a part is not looked at
+    with pytest.raises(error):
+        training_step(model, optimizer, bad, targets, micro_batches=4)
+    assert not optimizer.grad.any()
+    assert all(np.array_equal(p.data, before[name]) for name, p in model.named_parameters())
+    assert training_step(model, optimizer, ids, targets) == training_step(fresh, other, ids, targets)
+
+
+# -------------------------------------------------------------------------------- other buffers for the optimizer
+
+
+def test_placed_parameters_and_gradients_are_views_of_the_new_buffers():
+    (model, optimizer), (fresh, other) = lively(), lively()
+    old, old_grad, before = optimizer.data, optimizer.grad, optimizer.data.copy()
+    data, grad = old.copy(), np.zeros_like(old)
+    optimizer.place(data, grad)
+    assert optimizer.data is data and optimizer.grad is grad
+    start = 0
+    for p in model.trainable().values():
+        data[start], grad[start] = 7.0, 8.0  # a write to the buffer is seen in the array, at its place
+        assert p.data.flat[0] == 7.0 and p.grad.flat[0] == 8.0 and p.grad.shape == p.shape
+        data[start], grad[start] = before[start], 0.0
+        assert np.shares_memory(p.data, data) and np.shares_memory(p.grad, grad)
+        assert not np.shares_memory(p.data, old) and not np.shares_memory(p.grad, old_grad)
+        start += p.data.size
+    assert start == data.size
+    for seed in range(2):  # backward adds into the new gradient and the step moves the new numbers
+        assert training_step(model, optimizer, *uneven(seed=seed)) == training_step(fresh, other, *uneven(seed=seed))
+    np.testing.assert_array_equal(data, other.data)
+    np.testing.assert_array_equal(old, before)
+    assert not old_grad.any()
