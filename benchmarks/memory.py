@@ -320,7 +320,7 @@ def figure(report):
             )
         axes.set_yticks(range(len(BARS)), BARS.values())
         most = max(rows[name]["kept_bytes"] for name in BARS) / MIB
-        axes.set(xlim=(0, 1.16 * most), ylim=(len(BARS) - 0.5, -0.5), xlabel="MiB")
+        axes.set(xlim=(0, 1.2 * most), ylim=(len(BARS) - 0.5, -0.5), xlabel="MiB")
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         _, T, d, layers, _, batch = report["sizes"]["M"]["shape"]
@@ -355,7 +355,7 @@ def main():
     if args.out:
         path = lambda ending: args.out.with_name(args.out.name + ending)
         path(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        path(".png").write_bytes(plots.png(figure(report), dpi=100))
+        path(".png").write_bytes(plots.png(figure(report)))
         if path(".md").exists():
             page = path(".md").read_text(encoding="utf-8")
             path(".md").write_text(fill(page, tables(report)), encoding="utf-8")

@@ -506,6 +506,7 @@ def test_a_model_on_a_gpu_is_refused():
 @pytest.mark.parametrize("k", [0, -1])
 def test_micro_batches_below_one_are_refused_by_the_team_too(k):
     model, optimizer = made()
-    with Workers(model, optimizer, 2) as team, pytest.raises(InputError, match=f"micro_batches is {k}; it must be an integer in"):
+    words = f"micro_batches is {k}; it must be an integer in"
+    with Workers(model, optimizer, 2) as team, pytest.raises(InputError, match=words):
         training_step(model, optimizer, *batch(), micro_batches=k, team=team)
     assert not optimizer.grad.any()
