@@ -101,20 +101,30 @@ class Operation:
     def __call__(self, *tensors, **constants) -> Tensor:
         """Raises InputError where dtypes or libraries differ, or shapes do not fit."""
         given = [t for t in tensors if t is not None]
-        array_module(*(t.data for t in given))
+        xp = array_module(*(t.data for t in given))
         if len({t.dtype for t in given}) > 1:
             raise InputError(f"{self.name}: all inputs need one dtype, got {', '.join(str(t.dtype) for t in given)}")
         need = self.Need(*(t is not None and t.requires_grad and _recording.get() for t in tensors))
+        forward, vjp, again = self.parts(xp, given[0].dtype)
         try:
-            y, saved = self.forward(need, *(None if t is None else t.data for t in tensors), **constants)
+            y, saved = forward(need, *(None if t is None else t.data for t in tensors), **constants)
         except InputError:
             raise
         except ValueError as error:  # the array library's word on shapes and axes
             raise InputError(f"{self.name}: {error}") from error
-        result = record(self.name, y, saved, lambda dy, saved: self.backward(need, dy, saved), tensors)
-        if self.again and constants.get("recompute") and result.node:
-            result.again = Again(self.again, result.node)
+        result = record(self.name, y, saved, lambda dy, saved: vjp(need, dy, saved), tensors)
+        if again and constants.get("recompute") and result.node:
+            result.again = Again(again, result.node)
         return result
+
+    def parts(self, xp, dtype):
+        """(forward, backward, again): on a GPU, where there are any, those that take few launches and mean the same."""
+        if xp is not np and dtype.kind != "c":
+            from .kernels import AGAIN, FUSED
+
+            if self.name in FUSED:
+                return *FUSED[self.name], AGAIN.get(self.name)
+        return self.forward, self.backward, self.again
 
 
 def record(name, y, saved, vjp, tensors) -> Tensor:

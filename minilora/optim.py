@@ -46,13 +46,18 @@ class Optimizer:
             t.node.grad = grad[start:end].reshape(t.shape)  # backward adds into the flat buffer
             start = end
 
-    def step(self) -> float:
+    def squared_norm(self):
+        """The gradient's squared length; on a GPU an array there, not waited for."""
+        with np.errstate(over="ignore"):  # an overflow is reported by step(), in words
+            return self.grad @ self.grad
+
+    def step(self, squared=None) -> float:
         """Move the parameters against their gradients, clear the gradients, return the gradient's norm.
 
-        Raises TrainingStopped, with nothing moved, where the gradient is not finite.
+        ``squared``: the gradient's squared norm, where it is known. Raises TrainingStopped, with nothing moved, where
+        the gradient is not finite.
         """
-        with np.errstate(over="ignore"):  # an overflow is reported below, in words
-            norm = math.sqrt(float(self.grad @ self.grad))
+        norm = math.sqrt(float(self.squared_norm() if squared is None else squared))
         if not math.isfinite(norm):
             self.grad.fill(0.0)  # so that training may go on, with another batch or a lower rate
             raise TrainingStopped(f"the gradient's norm is {norm}; lower the learning rate")
@@ -104,14 +109,19 @@ class AdamW(Optimizer):
             raise InputError(f"AdamW: betas are {betas}; both must be at least 0 and below 1")
         check_positive(eps=eps)
         self.betas, self.eps, self.t = betas, eps, 0
-        self.m, self.v, self.scratch = 0.0 * self.data, 0.0 * self.data, block_of(self.data)
+        self.m, self.v = 0.0 * self.data, 0.0 * self.data
 
     def move(self):
         xp, (beta1, beta2) = array_module(self.data), self.betas
         self.t += 1
+        if xp is not np and self.data.dtype.kind == "f":
+            from .kernels import adamw
+
+            return adamw(self)
+        scratch, lr_scale = block_of(self.data), self.lr_scale
         for part in row_blocks(self.data):
             g, m, v, data = (a[part] for a in (self.grad, self.m, self.v, self.data))
-            w, lr_scale = self.scratch[: len(g)], self.lr_scale
+            w = scratch[: len(g)]
             m *= beta1
             m += xp.multiply(g, 1.0 - beta1, out=w)
             v *= beta2
