@@ -105,6 +105,7 @@ def profile(clock, size, rounds):
     keep_heap()  # as train() does
     model, optimizer, ids, targets = lora(*size)
     optimizer.step = clock.wrap("optimizer", optimizer.step)
+    optimizer.squared_norm = clock.wrap("optimizer", optimizer.squared_norm)
     products, steps, alone = Products(*size), [], []
     step = lambda: steps.append(clock.seconds(lambda: training_step(model, optimizer, ids, targets)))
     in_turns(rounds, lambda: alone.append(products.run()), step)

@@ -90,6 +90,8 @@ class Adapter:
 class AdaptedLinear(Module):
     """A frozen Linear with an adapter method beside it: the method's host in the network."""
 
+    arrays_beside = ("merged", "original")
+
     def __init__(self, base: Linear, method: Adapter, seed, shared=None):
         """``shared``: Parameters from ``init_shared``; ``seed``: of the Generator that ``init`` draws from."""
         self.method, self.base, self.merged, self.original = method, base, None, base.W.data

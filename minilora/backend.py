@@ -78,6 +78,16 @@ def to_host(array) -> np.ndarray:
     return to_device(array, np)
 
 
+def fetch(*numbers) -> list[float]:
+    """0-d arrays, or numbers, as floats: those of a GPU, which is waited for, in one transfer."""
+    there = [n for n in numbers if not isinstance(n, int | float | np.ndarray | np.generic)]
+    if not there:
+        return [float(n) for n in numbers]
+    xp = array_module(*there)
+    fetched = iter(xp.stack([n.astype(np.float64) for n in there]).get().tolist())
+    return [next(fetched) if any(n is t for t in there) else float(n) for n in numbers]
+
+
 class Memory(np.ndarray):
     """The bytes that an array of empty() lies in, with room to begin at a cache line."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .backend import array_module, to_device, to_host
+from .backend import array_module, to_host
 from .elementary import add
 from .engine import Tensor, no_grad
 from .errors import InputError, nearest
@@ -113,9 +113,7 @@ class GPT(Module):
                 "cut it, or build the model with a larger n_positions"
             )
         check_ids("GPT", ids, self.config.vocab_size)
-        xp = array_module(self.tokens.data)
-        ids = to_device(ids, xp)
-        where = xp.tile(xp.arange(past, past + time), batch)  # (N,)
+        where = np.tile(np.arange(past, past + time), batch)  # (N,)
         x = add(embedding(self.tokens, ids=ids.ravel()), embedding(self.positions, ids=where))  # (N, d)
         if rng is not None and self.config.dropout:
             x = dropout(x, p=self.config.dropout, rng=rng)
@@ -143,8 +141,7 @@ class GPT(Module):
             raise InputError(
                 f"GPT: ids have shape {ids.shape}, targets {targets.shape}; a target for each id is wanted"
             )
-        logits = self(ids, rng)
-        return cross_entropy(logits, targets=to_device(targets, array_module(logits.data)).ravel())
+        return cross_entropy(self(ids, rng), targets=targets.ravel())
 
     def generate(self, ids, n: int, temperature=1.0, top_k=None, rng=None):
         """``n`` tokens after ids (B, T): returns (B, n) on the host. Greedy at temperature 0.

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from .backend import array_module, to_device, to_host
 from .engine import Operation, Saved
 from .errors import InputError
 
@@ -72,8 +73,11 @@ def gradcheck(f, grads: dict, arrays: dict, title="gradient", complex_step=True,
             raise InputError(f'gradcheck: there is a gradient for "{name}", the arrays are {sorted(arrays)}')
         if arrays[name].dtype != np.float64:
             raise InputError(f"gradcheck: {name} is {arrays[name].dtype}; a check needs float64")
-        if not isinstance(grad, np.ndarray):
+        if isinstance(grad, np.generic) or not hasattr(grad, "nbytes"):
             raise InputError(f"gradcheck: the gradient of {name} is {type(grad).__name__}, not an array")
+    if (xp := array_module(*arrays.values())) is not np:  # f is computed on the GPU, all the rest here
+        on_gpu, grads, arrays = f, *({k: to_host(a) for k, a in given.items()} for given in (grads, arrays))
+        f = lambda **arrays: to_host(on_gpu(**{k: to_device(a, xp) for k, a in arrays.items()}))
     kinds = [("central", central_difference, CENTRAL_TOLERANCE)]
     kinds += [("complex", complex_difference, COMPLEX_TOLERANCE)] if complex_step else []
     rows, size = [], abs(f(**arrays))
@@ -235,7 +239,7 @@ def check_operation(operation: Operation, arrays: dict, title=None, complex_step
     need = operation.Need(*(name in arrays for name in operation.Need._fields))
     run = lambda **a: operation.forward(need, *(a.get(name) for name in need._fields), **constants)
     y, saved = run(**arrays)
-    dy = np.asarray(rng.standard_normal(y.shape))
+    dy = array_module(y).asarray(rng.standard_normal(y.shape))
     given = [name for name in need._fields if name in arrays]
     grads = dict(zip(need._fields, operation.backward(need, dy, Saved(saved)), strict=True))
     loss = lambda **a: (run(**a)[0] * dy).sum()
@@ -294,7 +298,8 @@ def check_model(model, ids, targets, seed=0) -> Report:
         for p in params.values():
             p.node.grad = None
         backward(model.loss(ids, targets))
-        grads = {name: np.zeros_like(p.data) if p.grad is None else p.grad for name, p in params.items()}
+        zeros = lambda p: array_module(p.data).zeros_like(p.data)
+        grads = {name: zeros(p) if p.grad is None else p.grad for name, p in params.items()}
     finally:  # an optimizer's gradients are views of its buffer
         for name, p in params.items():
             p.node.grad = before[name]

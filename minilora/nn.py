@@ -26,6 +26,8 @@ class Parameter(Tensor):
 class Module:
     """Anything with parameters. Names are attribute paths: ``blocks.0.q.W``."""
 
+    arrays_beside = ()  # names of attributes that are arrays, or None, and no Parameters: to() moves them too
+
     def children(self):
         """(name, child) for each attribute, or item of a list attribute, that is a Module or a Parameter."""
         for name, value in vars(self).items():
@@ -58,9 +60,16 @@ class Module:
 
     def to(self, device: str):
         """Move every array to "cpu" or "cuda"; returns the module. Raises InputError without CuPy or GPU."""
-        xp = device_module(device)
+        xp, moved = device_module(device), {}
+        # What is one array stays one, however many refer to it.
+        move = lambda array: None if array is None else moved.setdefault(id(array), (to_device(array, xp), array))[0]
         for _, p in self.named_parameters():
-            p.data = to_device(p.data, xp)
+            p.data = move(p.data)
+            if p.node is not None:
+                p.node.grad = move(p.node.grad)
+        for module in (self, *(m for _, m in self.named_modules())):
+            for name in module.arrays_beside:
+                setattr(module, name, move(getattr(module, name)))
         return self
 
     def after_step(self):

@@ -7,7 +7,7 @@ Rows are tokens: N = batch · time. In each pair, y is the result and dy = dL/dy
 
 import math
 
-from .backend import array_module, empty
+from .backend import array_module, empty, to_device
 from .blocks import (
     add_product,
     block_of,
@@ -37,7 +37,7 @@ def linear_forward(need, x, W, b):
     if x.ndim != 2 or W.ndim != 2 or x.shape[1] != W.shape[1] or (b is not None and b.shape != W.shape[:1]):
         shapes = f"x has shape {x.shape}, W {W.shape}, b {None if b is None else b.shape}"
         raise InputError(f"linear: {shapes}; they must be (N, d_in), (d_out, d_in) and (d_out,)")
-    y = x @ W.T
+    y = array_module(x).matmul(x, W.T, out=empty((len(x), len(W)), x))
     if b is not None:
         y += b  # F1
     return y, {"x": x if need.W else None, "W": W if need.x else None}
@@ -55,12 +55,13 @@ def linear_backward(need, dy, saved):
 
 
 def embedding_forward(need, table, *, ids):
-    """Row ids[n] of table (V, d) for each token n.
+    """Row ids[n] of table (V, d) for each token n. Ids on the host are checked there, so that no GPU is waited for.
 
     F1  y_n = table[ids_n]                             (N, d)
     Kept: ids.
     """
     check_ids("embedding", ids, len(table))
+    ids = to_device(ids, array_module(table))
     y = table[ids]  # F1
     return y, {"ids": ids, "shape": table.shape}
 
@@ -241,7 +242,8 @@ def attention_backward(need, dy, saved):
 
 
 def cross_entropy_forward(need, logits, *, targets, ignore_index=IGNORE_INDEX):
-    """Mean negative log-likelihood of targets (N,) under softmax(logits (N, V)); in nats per counted target.
+    """Mean negative log-likelihood of targets (N,) under softmax(logits (N, V)); in nats per counted target. Targets on
+    the host are checked and counted there, so that no GPU is waited for.
 
     F1  p = softmax_V logits                               (N, V)
     F2  L = − mean_n log p[n, targets_n]                   over the n with targets_n ≠ ignore_index
@@ -254,8 +256,9 @@ def cross_entropy_forward(need, logits, *, targets, ignore_index=IGNORE_INDEX):
     count = int(counted.sum())
     if count == 0:
         raise InputError(f"cross_entropy: every target is ignore_index ({ignore_index}); there is nothing to average")
-    targets = xp.where(counted, targets, 0)
+    targets = array_module(targets).where(counted, targets, 0)
     check_ids("cross_entropy", targets, logits.shape[1])
+    counted, targets = to_device(counted, xp), to_device(targets, xp)
     p, log_p = empty(logits.shape, logits), empty(targets.shape, logits)
     for rows in row_blocks(logits):
         pb, target = p[rows], (xp.arange(len(p[rows])), targets[rows])

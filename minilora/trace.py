@@ -3,6 +3,7 @@
 The steps come in the order of the forward pass, and with their arrays in hand: ``trace(model, ids, targets)[7].dy``.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +25,7 @@ class Step:
 
     @property
     def gradient_norm(self) -> float:
-        return float(np.sqrt((self.dy * self.dy).sum()))
+        return math.sqrt(float((self.dy * self.dy).sum()))
 
 
 def trace(model, ids, targets) -> list[Step]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .backend import array_module, keep_heap
+from .backend import array_module, fetch, keep_heap
 from .engine import backward, no_grad
 from .errors import InputError, TrainingStopped
 from .ledger import kept_bytes
@@ -132,6 +132,8 @@ def training_step(model, optimizer, ids, targets, rng=None, history=None, micro_
             loss, kept = accumulate(model, ids, targets, rng, micro_batches, measure=first)
         else:
             loss, kept = team.accumulate(ids, targets, rng, micro_batches, measure=first)
+        loss, squared = fetch(loss, optimizer.squared_norm())  # the one time in a step that a GPU is waited for
+        check_loss(loss)
     except BaseException:
         optimizer.grad.fill(0.0)  # a part of a gradient is none
         raise
@@ -139,7 +141,7 @@ def training_step(model, optimizer, ids, targets, rng=None, history=None, micro_
         history.kept_bytes = kept
     if history is not None and len(history.loss) == 2:  # in step 1 a zero is right: dA = 0 where B = 0
         warn_of_lost_gradients(model)
-    norm = optimizer.step()
+    norm = optimizer.step(squared)
     model.after_step()
     return loss, norm
 
@@ -149,7 +151,7 @@ def accumulate(model, ids, targets, rng=None, micro_batches=1, total=None, measu
 
     The sequences are taken in ``micro_batches`` parts, one after another: a mean is a weighted sum of the parts'
     means, so the gradient is the same, and only one part is in memory at a time. ``total``: the number of targets
-    that the mean is over, where these are not all of them.
+    that the mean is over, where these are not all of them. On a GPU the loss stays there, as an array, unchecked.
     Raises InputError for fewer than 1 or more parts than sequences, TrainingStopped at a loss that is not finite.
     """
     check_parts(micro_batches, len(ids))
@@ -160,13 +162,20 @@ def accumulate(model, ids, targets, rng=None, micro_batches=1, total=None, measu
             continue
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported below, in words
             loss = model.loss(ids[part], targets[part], rng)
-        value += share * float(loss.data)
-        if not math.isfinite(value):
-            raise TrainingStopped(f"the loss is {value}; lower the learning rate or look at the data")
+        if array_module(loss.data) is np:
+            value += share * float(loss.data)
+            check_loss(value)
+        else:
+            value = value + share * loss.data.astype(np.float64)
         kept = max(kept, kept_bytes(loss, model)) if measure else 0
         with np.errstate(over="ignore", invalid="ignore"):
             backward(loss, array_module(loss.data).asarray(share, loss.dtype))
     return value, kept
+
+
+def check_loss(value):
+    if not math.isfinite(value):
+        raise TrainingStopped(f"the loss is {value}; lower the learning rate or look at the data")
 
 
 def check_parts(micro_batches, n):

@@ -531,7 +531,7 @@ def test_an_error_in_a_later_part_leaves_no_gradient_for_the_next_step(error):
 def test_placed_parameters_and_gradients_are_views_of_the_new_buffers():
     (model, optimizer), (fresh, other) = lively(), lively()
     old, old_grad, before = optimizer.data, optimizer.grad, optimizer.data.copy()
-    data, grad = old.copy(), np.zeros_like(old)
+    data, grad = old.copy(), 0.0 * old
     optimizer.place(data, grad)
     assert optimizer.data is data and optimizer.grad is grad
     start = 0

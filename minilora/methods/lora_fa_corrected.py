@@ -30,7 +30,7 @@ class LoRAFACorrected(LoRA):
     claims = {
         "keeps no N × d_in array": lambda t: t.kept_numbers() == len(t.x) * t.method.r,
         "with SGD, W moves along the full gradient projected on the rows of A": lambda t: t.same(
-            t.after(1, lr=0.1, adam=False).merged - t.W0, -0.1 * t.dW @ np.linalg.pinv(t.p.A) @ t.p.A
+            t.after(1, lr=0.1, adam=False).merged - t.W0, -0.1 * t.dW @ t.pinv(t.p.A) @ t.p.A
         ),
     }
 

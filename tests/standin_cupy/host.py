@@ -1,0 +1,42 @@
+"""The tests that are about the host alone, and why: they do not run in the lane ``--device standin``.
+
+A file's name stands for all its tests, ``file::test`` for one with all its parameters.
+"""
+
+HOST = {
+    "test_backend.py": "plays CuPy itself, with arrays that can do nothing",
+    "test_budget.py": "reads files: lines, imports",
+    "test_data.py": "texts and tokens, before there is an array of numbers",
+    "test_devices.py": "plays drivers and CuPy itself, to see which sentence is said",
+    "test_kernels.py": "has the stand-in, and NumPy beside it, by itself",
+    "test_parallel.py": "worker processes share a host's memory, and a GPU refuses them",
+    "test_recorded.py": "reads recorded files",
+    "test_speed_page.py": "reads recorded files",
+    "test_standin.py": "has the stand-in by itself",
+    "test_cli.py::test_device_cuda_without_cupy_is_one_clear_sentence": "there is no CuPy in it",
+    "test_gpt.py::test_recomputing_saves_what_arithmetic_says": "bytes of the plain attention, half a GPU's",
+    "test_gpt.py::test_the_allocator_says_so_too": "NumPy's allocator",
+    "test_gpt.py::test_what_is_recomputed_is_recomputed_once_for_all_who_ask": "counts calls of the plain forms",
+    "test_ledger.py::test_dropout_is_counted_too": "NumPy's allocator",
+    "test_ledger.py::test_the_total_is_what_the_allocator_says": "NumPy's allocator",
+    "test_ledger.py::test_without_a_graph_nothing_is_kept": "NumPy's allocator",
+    "test_memory_page.py::test_the_arithmetic_gives_the_bytes_of_a_small_model": (
+        "bytes of the plain attention, half a GPU's"
+    ),
+    "test_tools.py::test_the_ledger_s_total_is_what_the_allocator_says": "NumPy's allocator",
+    "test_train.py::test_a_loss_that_is_not_finite_in_a_later_part_moves_nothing": (
+        "a GPU's loss is looked at once, at the end of the step: test_standin.py"
+    ),
+}
+
+
+def reason(item):
+    """Why the test ``item`` is the host's alone, or None."""
+    return HOST.get(item.path.name) or HOST.get(f"{item.path.name}::{getattr(item, 'originalname', item.name)}")
+
+
+def stale(items) -> list[str]:
+    """Entries that name a test which is not among ``items``, though its file is."""
+    files = {item.path.name for item in items}
+    known = files | {f"{item.path.name}::{getattr(item, 'originalname', item.name)}" for item in items}
+    return [entry for entry in HOST if entry.partition("::")[0] in files and entry not in known]
