@@ -117,6 +117,9 @@ def build_parser(argv) -> argparse.ArgumentParser:
     p.add_argument("first", metavar="METHOD")
     p.add_argument("second", metavar="METHOD")
 
+    p = command("devices", run_devices, "What can compute here: the CPU, and each GPU or why there is none.")
+    p.add_argument("--json", action="store_true", help="print JSON")
+
     p = command("check", run_check, "Check hand-written gradients against finite differences and the complex step.")
     p.add_argument("methods", nargs="*", metavar="METHOD", help="methods to check; all and the operations by default")
     p.add_argument("--json", action="store_true", help="print JSON")
@@ -248,6 +251,13 @@ def run_diff(args):
     from .difference import difference
 
     print(difference(args.first, args.second))
+
+
+def run_devices(args):
+    from .devices import devices, show
+
+    found = devices()
+    print(json.dumps(found, indent=1) if args.json else show(found))
 
 
 def run_check(args):

@@ -22,9 +22,10 @@ class Model(Timed):
         super().__init__(start)
         self.stack = ExitStack()
 
-    def make(self, size, method, path):
+    def make(self, size, method, path, batch=None):
         """Draw weights, adapter matrices and tokens, for both sides, into the file ``path``."""
-        *sizes, batch = SIZES[size]
+        *sizes, usual = SIZES[size]
+        batch = usual if batch is None else batch
         rng = np.random.default_rng(0)
         gpt = minilora.GPT(minilora.GPTConfig(*sizes), rng)
         # Larger, and no bias 0 or norm 1: what was copied wrongly shows in the loss. Beyond d 128 less, so that the
@@ -45,13 +46,14 @@ class Model(Timed):
         options = {name: value for name, value in (("r", R), ("alpha", ALPHA)) if name in known}
         minilora.adapt(gpt, method, TARGETS, verbose=False, **options)
 
-    def build(self, size, method, path, micro_batches=None, workers=None):
-        """The adapted model with the arrays of ``path``; returns how many numbers it trains."""
+    def build(self, size, method, path, micro_batches=None, workers=None, device="cpu"):
+        """The adapted model with the arrays of ``path``; returns how many numbers it has and how many it trains."""
         self.gpt = minilora.GPT(minilora.GPTConfig(*SIZES[size][:-1]))
         with np.load(path) as arrays:
             for name, p in self.gpt.named_parameters():
                 p.data[...] = arrays[name]
             self.ids, self.targets = arrays["ids"], arrays["targets"]
+        self.gpt.to(device)
         self.adapt(self.gpt, method)  # draws the matrices that ``path`` has for PyTorch: they come from a seed
         self.optimizer = minilora.AdamW(self.gpt.trainable(), METHODS[method][-1], eps=1e-8, weight_decay=0.0)
         keep_heap()  # as train() does
@@ -60,7 +62,25 @@ class Model(Timed):
             from minilora.parallel import Workers
 
             self.options["team"] = self.stack.enter_context(Workers(self.gpt, self.optimizer, workers))
-        return {"trained": self.optimizer.data.size}
+        if device == "cuda":
+            self.use_the_gpu_s_clock()
+        numbers = sum(p.data.size for _, p in self.gpt.named_parameters())
+        return {"trained": self.optimizer.data.size, "numbers": numbers}
+
+    def use_the_gpu_s_clock(self):
+        import cupy
+
+        def mark():
+            event = cupy.cuda.Event()
+            event.record()
+            return event
+
+        def between(a, b):
+            b.synchronize()
+            return cupy.cuda.get_elapsed_time(a, b)
+
+        self.mark, self.between = mark, between
+        self.pool = cupy.get_default_memory_pool().total_bytes  # it never shrinks by itself
 
     def close(self):
         self.stack.close()
@@ -85,3 +105,9 @@ class Model(Timed):
     def facts(self):
         versions = {"Python": platform.python_version(), "NumPy": np.__version__, "minilora": minilora.__version__}
         return versions | {"NumPy's BLAS": self.blas(), "minilora is": str(Path(minilora.__file__).parent)}
+
+    def gpu(self):
+        """What ``minilora devices`` says of the GPU; ``reason`` where there is none."""
+        from minilora.devices import cuda
+
+        return cuda()

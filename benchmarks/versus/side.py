@@ -28,12 +28,15 @@ class SideError(Exception):
 class Side:
     """A process that runs ``versus.<module>`` with ``threads`` BLAS and OpenMP threads."""
 
-    def __init__(self, module, threads, cache=None):
-        """``cache``: an empty folder for torch.compile, so that its first step compiles, whatever was run before."""
+    def __init__(self, module, threads, cache=None, **variables):
+        """``cache``: an empty folder for torch.compile, so that its first step compiles, whatever was run before.
+
+        ``variables``: more of the environment.
+        """
         self.module = module
         env = os.environ | {f"{name}_NUM_THREADS": str(threads) for name in THREAD_VARIABLES}
         env["VECLIB_MAXIMUM_THREADS"] = str(threads)
-        env |= {"TORCHINDUCTOR_CACHE_DIR": cache} if cache else {}
+        env |= variables | ({"TORCHINDUCTOR_CACHE_DIR": cache} if cache else {})
         paths = [str(Path(__file__).parents[1]), env.get("PYTHONPATH")]
         env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         # -P: the minilora that is installed, or that PYTHONPATH names, and not the one of the current folder.
@@ -116,10 +119,22 @@ class Timed:
         """The milliseconds of each of ``n`` calls of ``what``, after ``warm`` that are not timed."""
         call, marks = getattr(self, what), []
         for _ in range(n + warm + 1):
-            marks.append(time.perf_counter())
+            marks.append(self.mark())
             if len(marks) <= n + warm:
                 call()
-        return [1e3 * (b - a) for a, b in zip(marks[warm:], marks[warm + 1 :], strict=False)]
+        return [self.between(a, b) for a, b in zip(marks[warm:], marks[warm + 1 :], strict=False)]
+
+    def mark(self):
+        """A point in time; on a GPU an event of its own clock."""
+        return time.perf_counter()
+
+    def between(self, a, b):
+        """Milliseconds from one mark to a later one."""
+        return 1e3 * (b - a)
+
+    def pool(self):
+        """The bytes that the array library has taken from the GPU so far, or None on the CPU."""
+        return None
 
     def imports(self):
         """The peak of memory, in MB, when everything was imported and nothing yet built."""

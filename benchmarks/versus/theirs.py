@@ -74,8 +74,11 @@ class Kept:
 class Model(Timed):
     """The adapted GPT with its optimizer: eager with the fastest of PyTorch's AdamW loops, or compiled with fused."""
 
-    def build(self, size, method, path, adamw=None, compiled=False):
-        """The adapted model with the arrays of ``path``; ``adamw`` None tries which loop is fastest."""
+    def build(self, size, method, path, adamw=None, compiled=False, device="cpu", tf32=False):
+        """The adapted model with the arrays of ``path``; ``adamw`` None tries which loop is fastest.
+
+        ``compiled``: True, or a mode of torch.compile; ``tf32``: let a GPU round the inputs of float32 products.
+        """
         self.size, self.method = size, method
         net, last = GPT(*SIZES[size][:-1]), {"weight": ("W", "g"), "bias": ("b",)}
         with np.load(path) as arrays, torch.no_grad():
@@ -96,13 +99,30 @@ class Model(Timed):
                     layer, _, key = name.removeprefix("base_model.model.").partition(".lora_")
                     p.copy_(torch.from_numpy(arrays[f"{layer}.{key[0]}"]))
                     p.requires_grad_(not (method == "lora_fa" and key[0] == "A"))
-        self.net = net
-        self.call = torch.compile(net) if compiled else net
+        self.net = net.to(device)
+        self.ids, self.targets = self.ids.to(device), self.targets.to(device)
+        if device == "cuda":
+            self.use_the_gpu_s_clock(tf32)
+        self.call = torch.compile(net, mode=None if compiled is True else compiled) if compiled else net
         self.adamw = "fused" if compiled else adamw or self.fastest_adamw()
         self.optimizer = self.make_adamw(self.adamw, self.lr)
         keep_heap()
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         return {"trained": trained, "adamw": self.adamw}
+
+    def use_the_gpu_s_clock(self, tf32):
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+        def mark():
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+
+        def between(a, b):
+            b.synchronize()
+            return a.elapsed_time(b)
+
+        self.mark, self.between, self.pool = mark, between, torch.cuda.max_memory_reserved
 
     def make_adamw(self, loop, lr):
         settings = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}[loop]
@@ -169,4 +189,5 @@ class Model(Timed):
         return sum(size for address, size in storages.items() if address not in own)
 
     def facts(self):
-        return {"PyTorch": torch.__version__, "PEFT": peft.__version__}
+        versions = {"PyTorch": torch.__version__, "PEFT": peft.__version__}
+        return versions | ({"PyTorch's CUDA": torch.version.cuda} if torch.version.cuda else {})

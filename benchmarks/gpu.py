@@ -1,0 +1,309 @@
+"""One training step on a GPU: minilora on CuPy beside PyTorch + PEFT, eager and compiled, and minilora on NumPy.
+
+LoRA with r = 8 on the six linears of every block, float32, AdamW; the same weights, adapters and tokens on all sides,
+whose first five losses must agree. Each side is a process of its own and has the card to itself while it is timed, by
+events on the GPU. gpu in README.md beside this file says how to run it; docs/gpu.md has what was seen.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from shapes import SIZES
+from versus.report import table
+from versus.settings import CHECKED_STEPS, TOLERANCE
+from versus.side import Side, SideError
+
+SIDES = {  # name: module, what build is told, how it is called in a table
+    "numpy": ("ours", {}, "minilora, NumPy"),
+    "cupy": ("ours", {"device": "cuda"}, "minilora, CuPy"),
+    "torch": ("theirs", {"device": "cuda"}, "PyTorch + PEFT"),
+    "compile": ("theirs", {"device": "cuda", "compiled": True}, "torch.compile"),
+    "graphs": ("theirs", {"device": "cuda", "compiled": "reduce-overhead"}, "torch.compile, CUDA graphs"),
+}
+ON_THE_GPU = [name for name, (_, told, _) in SIDES.items() if told]
+TF32, TF32_TOLERANCE = "_tf32", 1e-2  # TF32 keeps 10 bits of a number's 23
+BATCHES = [1, 4, 16, 64]
+MOST_SECONDS = 5.0  # of a step on the CPU: a batch that would take longer is left out
+STEPS, WARM = (5, 200), 5  # least and most timed steps; untimed ones before them
+INSTALL = "python3 -m venv .gpu && .gpu/bin/pip install -e '.[gpu13]' torch==2.13.0 peft"
+
+
+class Failure(Exception):
+    """What stops the run, in one line."""
+
+
+def options(words=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.error = lambda message: parser.exit(2, f"gpu: {message}\n")  # one line, without the usage
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="tiny, if not given")
+    parser.add_argument("--batches", nargs="+", type=int, metavar="B", help="sequences per step; each size's own")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="all, if not given")
+    parser.add_argument(
+        "--tf32", action="store_true", help="time the sides on the GPU with TF32 as well; else it is off"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help=f"all sizes, each at its own batch and at {BATCHES}, with TF32"
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for the timed steps of each side")
+    parser.add_argument("--threads", type=int, default=1, help="of NumPy's BLAS")
+    parser.add_argument("--out", type=Path, help="a folder, or a path without ending: .json, .md and .png go there")
+    args = parser.parse_args(words)
+    if args.all and (args.sizes or args.batches):
+        parser.error("--all chooses --sizes and --batches itself; leave them out")
+    if args.batches and min(args.batches) < 1:
+        parser.error("--batches must be at least 1")
+    if not 0.0 < args.seconds < math.inf or args.threads < 1:
+        parser.error("--seconds must be above 0 and finite, --threads at least 1")
+    args.tf32 = args.tf32 or args.all
+    if args.out:
+        args.out = args.out / "gpu" if args.out.is_dir() else args.out.with_suffix("")
+        if not args.out.resolve().parent.is_dir():
+            parser.error(f"--out: there is no folder {args.out.resolve().parent}")
+    return args
+
+
+def plan(args):
+    """(size, batch) of every row."""
+    if args.all:
+        return [(size, batch) for size in SIZES for batch in sorted({*BATCHES, SIZES[size][-1]})]
+    return [(size, batch) for size in args.sizes or ["tiny"] for batch in args.batches or [SIZES[size][-1]]]
+
+
+def labels(args):
+    """The sides of a row; those with TF32 behind the others."""
+    return args.sides + [name + TF32 for name in args.sides if args.tf32 and name in ON_THE_GPU]
+
+
+def title(label):
+    return SIDES[label.removesuffix(TF32)][2] + (", TF32" if label.endswith(TF32) else "")
+
+
+def measure(label, size, path, args):
+    """What one side shows: losses, the ms of each timed step, the memory that it has taken from the card."""
+    module, told, _ = SIDES[label.removesuffix(TF32)]
+    on = label.endswith(TF32)
+    told = told | ({"tf32": on} if module == "theirs" else {})
+    with tempfile.TemporaryDirectory() as cache, Side(module, args.threads, cache, CUPY_TF32=str(int(on))) as side:
+        built = side.ask("build", size=size, method="lora", path=path, **told)
+        seen = side.ask("steps", n=CHECKED_STEPS)
+        side.ask("idle_rate")
+        once = 1e-3 * statistics.median(side.ask("turn", what="step", n=3, warm=1))
+        n = min(STEPS[1], max(STEPS[0], int(args.seconds / once)))
+        ms = side.ask("turn", what="step", n=n, warm=WARM if once < 1.0 else 0)
+        losses, seconds = zip(*seen, strict=True)
+        return built | {"losses": losses, "first_step_s": seconds[0], "ms": ms, "pool_bytes": side.ask("pool")}
+
+
+def row_of(size, batch, args, slow):
+    """All sides of one size and batch. ``slow``: seconds of a token on the CPU, by size, as far as they are known."""
+    row = {"size": size, "batch": batch, "tokens": batch * SIZES[size][1], "sides": {}, "notes": []}
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "arrays.npz")
+        with Side("ours", 1) as maker:
+            maker.ask("make", size=size, method="lora", path=path, batch=batch)
+        for label in labels(args):
+            if label == "numpy" and (guess := slow.get(size, 0.0) * row["tokens"]) > MOST_SECONDS:
+                row["notes"].append(f"{title(label)} is left out: a step would take some {guess:.0f} s")
+                continue
+            try:
+                row["sides"][label] = measure(label, size, path, args)
+            except SideError as error:
+                if error.missing:
+                    raise
+                row["notes"].append(f"{title(label)} is not timed: {error}")
+                print(f"{size}, batch {batch}: {row['notes'][-1]}", file=sys.stderr)
+                continue
+            if label == "numpy":
+                slow[size] = 1e-3 * statistics.median(row["sides"][label]["ms"]) / row["tokens"]
+    if not row["sides"]:
+        raise Failure(f"{size}, batch {batch}: no side could be timed; {'; '.join(row['notes'])}")
+    check(row)
+    ours = next((s for s in row["sides"].values() if "numbers" in s), None)
+    row["numbers"] = ours["numbers"] if ours else None
+    return row
+
+
+def check(row):
+    """Every side has trained as many numbers, with the losses of the first. Raises Failure."""
+    where = f"{row['size']}, batch {row['batch']}"
+    (first, one), *_ = row["sides"].items()
+    for label, side in row["sides"].items():
+        distances = [abs(a - b) for a, b in zip(side["losses"], one["losses"], strict=True)]
+        allowed = TF32_TOLERANCE if label.endswith(TF32) else TOLERANCE
+        if side["trained"] != one["trained"]:
+            raise Failure(f"{where}: {label} trains {side['trained']} numbers, {first} {one['trained']}")
+        if not all(distance <= allowed for distance in distances):  # a NaN is no agreement
+            raise Failure(
+                f"{where}: {label} and {first} differ by more than {allowed}: {side['losses']}, {one['losses']}"
+            )
+        if not side["losses"][0] - side["losses"][-1] > 100 * TOLERANCE:
+            raise Failure(f"{where}: the loss fell too little for the check to mean much: {side['losses']}")
+        side["apart"] = max(distances)
+
+
+# ------------------------------------------------------------------------------------------------------- the report
+
+
+def ms_of(row, label):
+    return statistics.median(row["sides"][label]["ms"]) if label in row["sides"] else None
+
+
+def quartiles(ms):
+    return statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else 3 * ms
+
+
+def shown(value, form=".2f"):
+    return "–" if value is None else format(value, form)
+
+
+def known(rows):
+    """The labels that any row has, in order."""
+    seen = {label for row in rows for label in row["sides"]}
+    return [label + end for end in ("", TF32) for label in SIDES if label + end in seen]
+
+
+def step_table(rows, end=""):
+    """Median ms of a step; ``end``: of the sides with TF32."""
+    heads = [label for label in known(rows) if label.endswith(TF32) == bool(end)]
+    ours, theirs, out = "cupy" + end, "torch" + end, []
+    beside = {ours, theirs} <= set(heads)
+    for row in rows:
+        ratio = ms_of(row, ours) / ms_of(row, theirs) if {ours, theirs} <= row["sides"].keys() else None
+        cells = [row["size"], str(row["batch"]), f"{row['tokens']:,}", *(shown(ms_of(row, label)) for label in heads)]
+        out.append(cells + [shown(ratio)] * beside)
+    names = [f"{title(label)}, ms:" for label in heads] + ["CuPy ÷ PyTorch:"] * beside
+    return table(["size", "batch:", "tokens:", *names], out)
+
+
+def memory_table(rows):
+    heads = [label for label in known(rows) if label in ON_THE_GPU]
+    pools = lambda row: [row["sides"].get(label, {}).get("pool_bytes") for label in heads]
+    mib = lambda n: shown(None if n is None else n / 2**20, ",.0f")
+    out = [[row["size"], str(row["batch"]), *map(mib, pools(row))] for row in rows]
+    return table(["size", "batch:", *(f"{title(label)}, MiB:" for label in heads)], out)
+
+
+def same_table(rows):
+    heads = ["size", "batch:", "side", "loss of step 1:", "of step 5:", "apart by at most:", "timed steps:"]
+    out = []
+    for row in rows:
+        for label, side in row["sides"].items():
+            (first, *_, last), (q1, _, q3) = side["losses"], quartiles(side["ms"])
+            cells = [row["size"], str(row["batch"]), title(label), f"{first:.4f}", f"{last:.4f}"]
+            cells += [f"{side['apart']:.0e}", str(len(side["ms"])), f"{q1:.2f} … {q3:.2f}"]
+            out.append([*cells, f"{side['first_step_s']:.1f}"])
+    return table([*heads, "quartiles, ms", "first step, s:"], out)
+
+
+def page(seen):
+    """The whole report."""
+    rows, facts = seen["rows"], "; ".join(f"{key} {value}" for key, value in seen["machine"].items())
+    parts = ["# One training step on a GPU", f"{facts}.", f"```sh\npython benchmarks/{seen['command']}\n```"]
+    how = "Medians. LoRA, r = 8, six linears in each block, AdamW, float32, with TF32 off on all sides."
+    parts += [how, step_table(rows)]
+    if any(label.endswith(TF32) for label in known(rows)):
+        parts += ["With TF32 on:", step_table(rows, TF32)]
+    notes = [f"- {row['size']}, batch {row['batch']}: {note}" for row in rows for note in row["notes"]]
+    parts += ["\n".join(notes)] if notes else []
+    if any(label in ON_THE_GPU for label in known(rows)):
+        parts += ["## The most memory taken from the card", memory_table(rows)]
+    return "\n\n".join([*parts, "## The same work", same_table(rows)])
+
+
+COLOURS = {"numpy": "#888888", "cupy": "#3b6fa0", "torch": "#c0504d", "compile": "#e09f3e", "graphs": "#7a5195"}
+MARKERS = dict(zip(SIZES, "ovsD^", strict=True))
+
+
+def draw(seen, path):
+    """The time of a step against its work, tokens times numbers of the model: a colour a side, a marker a size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4.2))
+    rows = [row for row in seen["rows"] if row["numbers"]]
+    sizes, legend = list(dict.fromkeys(row["size"] for row in rows)), lambda **how: plt.Line2D([], [], **how)
+    timed_without = [label for label in known(rows) if not label.endswith(TF32)]
+    for label in timed_without:
+        for size in sizes:
+            timed = [row for row in rows if row["size"] == size and label in row["sides"]]
+            points = sorted((row["tokens"] * row["numbers"], ms_of(row, label)) for row in timed)
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), marker=MARKERS[size], markersize=4, linewidth=1.2, color=COLOURS[label]
+                )
+    axis.set(xscale="log", yscale="log", xlabel="tokens in a step × numbers in the model", ylabel="a step, ms")
+    handles = [legend(label=title(label), color=COLOURS[label]) for label in timed_without]
+    handles += [legend(label=s, color="black", linestyle="", marker=MARKERS[s], markersize=4) for s in sizes]
+    axis.legend(handles=handles, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------- the run
+
+
+def machine(args):
+    """What the figures depend on. Raises Failure where a GPU is wanted and there is none."""
+    facts = {}
+    with Side("ours", args.threads) as side:
+        card = side.ask("gpu")
+        if any(name in ON_THE_GPU for name in args.sides):
+            if card["reason"]:
+                raise Failure(f"no GPU: {card['reason']} (--sides numpy needs none)")
+            facts["GPU"] = card["devices"][0]["name"]
+            facts |= {"driver": card["driver"] or "not known", "its CUDA": card["driver_cuda"]}
+            facts |= {"CuPy": card["cupy"], "CuPy's CUDA": card["runtime"]}
+        facts |= side.ask("facts")
+        print(f"minilora is {facts.pop('minilora is')}", file=sys.stderr)
+    if any(SIDES[name][0] == "theirs" for name in args.sides):
+        with Side("theirs", args.threads) as side:
+            facts |= side.ask("facts")
+    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    names = [line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")]
+    facts["CPU"] = names[0] if names else platform.processor() or platform.machine()
+    return facts | {"threads": args.threads, "date": datetime.date.today().isoformat()}
+
+
+def run(args):
+    seen = {"machine": machine(args), "command": shlex.join(["gpu.py", *sys.argv[1:]]), "tf32": args.tf32, "rows": []}
+    print("; ".join(f"{key} {value}" for key, value in seen["machine"].items()), file=sys.stderr)
+    slow = {}
+    for size, batch in plan(args):
+        seen["rows"].append(row_of(size, batch, args, slow))
+        row = seen["rows"][-1]
+        times = ", ".join(f"{title(label)} {ms_of(row, label):.2f} ms" for label in row["sides"])
+        print(f"{size}, batch {batch}: {times}", file=sys.stderr)
+        if args.out:  # after every row: a long run that is stopped leaves what it had
+            args.out.with_suffix(".json").write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
+            args.out.with_suffix(".md").write_text(page(seen) + "\n", encoding="utf-8")
+            draw(seen, args.out.with_suffix(".png"))
+    print(page(seen))
+
+
+def main():
+    args = options()
+    try:
+        run(args)
+    except SideError as error:
+        hint = f"; in the root of the repository, run: {INSTALL}" if error.missing else ""
+        sys.exit(f"gpu: {error}{hint}")
+    except Failure as failure:
+        sys.exit(f"gpu: {failure}")
+    except KeyboardInterrupt:
+        sys.exit("gpu: stopped")
+
+
+if __name__ == "__main__":
+    main()

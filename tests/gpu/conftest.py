@@ -1,0 +1,59 @@
+"""The gpu lane: CuPy and a card, or, to try the lane's own code without one, the stand-in (MINILORA_GPU=standin).
+
+Everything is computed twice, by NumPy and by CuPy, and must agree. Without CuPy or a card the lane is one skipped test,
+which gives the reason in the words of ``minilora devices``.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from minilora import devices
+from minilora.backend import device_module
+from minilora.errors import InputError
+
+STANDIN = os.environ.get("MINILORA_GPU") == "standin"
+
+
+def pytest_collection_modifyitems(config, items):
+    own = [item for item in items if Path(__file__).parent in item.path.parents and "cupy" in item.fixturenames]
+    for item in own:  # CuPy warns of what it does not find of CUDA, which is no error while it computes
+        item.add_marker(pytest.mark.filterwarnings("default"))
+    if STANDIN:
+        return
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            device_module("cuda")
+    except InputError:
+        for item in own[:1]:
+            item.add_marker(pytest.mark.skip(f"{len(own)} tests need a GPU: {devices.cuda()['reason']}"))
+        config.hook.pytest_deselected(items=own[1:])
+        items[:] = [item for item in items if item not in own[1:]]
+
+
+@pytest.fixture(scope="session")
+def cupy():
+    """CuPy, with a device that it can use."""
+    if not STANDIN:
+        yield device_module("cuda")
+        return
+    import standin_cupy
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cupy", standin_cupy.module())
+        yield sys.modules["cupy"]
+
+
+@pytest.fixture
+def pool(cupy):
+    """CuPy's memory pool, which the stand-in has not."""
+    if STANDIN:
+        pytest.skip("the stand-in for CuPy has no memory pool")
+    return cupy.get_default_memory_pool()
+
+
+def pytest_report_header():
+    return "gpu lane: on the stand-in for CuPy, not on a GPU" if STANDIN else None
