@@ -85,7 +85,6 @@ def test_gradients_at_shapes_that_hypothesis_draws(name, data):
     assert report, report
 
 
-@pytest.mark.quick
 @every_method
 def test_each_tagged_backward_line_matters_and_the_check_sees_it(name):
     text = source.path_of(name).read_text()

@@ -19,7 +19,6 @@ from minilora.gradcheck import check_model, gradcheck
 from minilora.surgery import unload
 from minilora.train import History, evaluate, train, training_step
 
-pytestmark = pytest.mark.quick
 every_method = pytest.mark.parametrize("name", methods.names())
 
 
