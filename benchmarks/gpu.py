@@ -7,9 +7,7 @@ events on the GPU. gpu in README.md beside this file says how to run it; docs/gp
 
 import argparse
 import datetime
-import json
 import math
-import platform
 import shlex
 import statistics
 import sys
@@ -17,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from shapes import SIZES
+from versus.command import Failure, cpu, say, stem, write
 from versus.report import table
 from versus.settings import CHECKED_STEPS, TOLERANCE
 from versus.side import Side, SideError
@@ -34,10 +33,6 @@ BATCHES = [1, 4, 16, 64]
 MOST_SECONDS = 5.0  # of a step on the CPU: a batch that would take longer is left out
 STEPS, WARM = (5, 200), 5  # least and most timed steps; untimed ones before them
 INSTALL = "python3 -m venv .gpu && .gpu/bin/pip install -e '.[gpu13]' torch==2.13.0 peft"
-
-
-class Failure(Exception):
-    """What stops the run, in one line."""
 
 
 def options(words=None):
@@ -64,9 +59,7 @@ def options(words=None):
         parser.error("--seconds must be above 0 and finite, --threads at least 1")
     args.tf32 = args.tf32 or args.all
     if args.out:
-        args.out = args.out / "gpu" if args.out.is_dir() else args.out.with_suffix("")
-        if not args.out.resolve().parent.is_dir():
-            parser.error(f"--out: there is no folder {args.out.resolve().parent}")
+        args.out = stem(parser, args.out, "gpu")
     return args
 
 
@@ -270,10 +263,7 @@ def machine(args):
     if any(SIDES[name][0] == "theirs" for name in args.sides):
         with Side("theirs", args.threads) as side:
             facts |= side.ask("facts")
-    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    names = [line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")]
-    facts["CPU"] = names[0] if names else platform.processor() or platform.machine()
-    return facts | {"threads": args.threads, "date": datetime.date.today().isoformat()}
+    return facts | {"CPU": cpu(), "threads": args.threads, "date": datetime.date.today().isoformat()}
 
 
 def run(args):
@@ -285,24 +275,15 @@ def run(args):
         row = seen["rows"][-1]
         times = ", ".join(f"{title(label)} {ms_of(row, label):.2f} ms" for label in row["sides"])
         print(f"{size}, batch {batch}: {times}", file=sys.stderr)
-        if args.out:  # after every row: a long run that is stopped leaves what it had
-            args.out.with_suffix(".json").write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
-            args.out.with_suffix(".md").write_text(page(seen) + "\n", encoding="utf-8")
+        if args.out:
+            write(seen, page(seen), args.out)
             draw(seen, args.out.with_suffix(".png"))
     print(page(seen))
 
 
 def main():
     args = options()
-    try:
-        run(args)
-    except SideError as error:
-        hint = f"; in the root of the repository, run: {INSTALL}" if error.missing else ""
-        sys.exit(f"gpu: {error}{hint}")
-    except Failure as failure:
-        sys.exit(f"gpu: {failure}")
-    except KeyboardInterrupt:
-        sys.exit("gpu: stopped")
+    say("gpu", INSTALL, lambda: run(args))
 
 
 if __name__ == "__main__":

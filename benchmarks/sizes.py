@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from shapes import ALPHA, TARGETS, R
+from versus.command import cpu
 
 LEAST_SECONDS = 0.2  # of a turn
 
@@ -96,11 +97,8 @@ def in_turns(rounds, *functions):
 
 def machine():
     """What the figures depend on: CPU, threads, versions, date."""
-    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    names = [line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")]
-    cpu = names[0] if names else platform.processor() or platform.machine()
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    facts = {"CPU": cpu, "cores": os.cpu_count(), "threads": THREADS, "Python": platform.python_version()}
+    facts = {"CPU": cpu(), "cores": os.cpu_count(), "threads": THREADS, "Python": platform.python_version()}
     facts |= {"numpy": np.__version__, "blas": f"{blas['name']} {blas['version']}"}
     return facts | {"date": datetime.date.today().isoformat()}
 

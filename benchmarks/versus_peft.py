@@ -8,9 +8,7 @@ falls on both. README.md beside this file says how to run it, and what is fair a
 
 import argparse
 import datetime
-import json
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -21,6 +19,7 @@ from pathlib import Path
 
 from shapes import SIZES
 from versus import report, settings
+from versus.command import Failure, cpu, say, stem, write
 from versus.settings import CHECKED_STEPS, FIRST_STEP_ONLY, METHODS, MICRO_BATCHES, PROMPT, TOKENS, TOLERANCE
 from versus.side import Side, SideError
 
@@ -28,10 +27,6 @@ PAUSE = 0.05  # seconds before a turn: idle threads of the other side spin for s
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 OURS, THEIRS, COMPILED, MICRO = "minilora", "torch", "torch_compiled", "minilora_micro_batches"
 INSTALL = "python3 -m venv .bench && .bench/bin/pip install torch==2.13.0 peft threadpoolctl ."
-
-
-class Failure(Exception):
-    """What stops the run, in one line."""
 
 
 def options(words=None):
@@ -54,9 +49,7 @@ def options(words=None):
     if max(args.threads or [1]) > CORES:
         parser.error(f"--threads {max(args.threads)}: this machine has {CORES} core(s)")
     if args.out:
-        args.out = args.out / "versus_peft" if args.out.is_dir() else args.out.with_suffix("")
-        if not args.out.resolve().parent.is_dir():
-            parser.error(f"--out: there is no folder {args.out.resolve().parent}")
+        args.out = stem(parser, args.out, "versus_peft")
     return args
 
 
@@ -203,9 +196,7 @@ def startup(folder, rounds=5):
 
 def machine():
     """(what the figures depend on: CPU, versions, date; the memory of each side's imports, MB)."""
-    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    names = [line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")]
-    facts = {"CPU": names[0] if names else platform.processor() or platform.machine(), "cores": CORES}
+    facts = {"CPU": cpu(), "cores": CORES}
     facts["date"], imports = datetime.date.today().isoformat(), {}
     for label, module in ((OURS, "ours"), (THEIRS, "theirs")):
         with Side(module, 1) as side:
@@ -233,9 +224,8 @@ def run(args):
             seen["rows"].append(compare(*row, args, folder))
             row = seen["rows"][-1]
             print(report.line(row), f"({time.perf_counter() - begin:.0f} s)", file=sys.stderr)
-            if args.out:  # after every row: a long run that is stopped leaves what it had
-                args.out.with_suffix(".json").write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
-                args.out.with_suffix(".md").write_text(report.tables(seen) + "\n", encoding="utf-8")
+            if args.out:
+                write(seen, report.tables(seen), args.out)
     print(report.tables(seen))
     if args.out:
         from versus.plot import draw
@@ -245,17 +235,7 @@ def run(args):
 
 def main():
     args = options()
-    try:
-        run(args)
-    except SideError as error:
-        hint = f"; in the root of the repository, run: {INSTALL}" if error.missing else ""
-        sys.exit(f"versus_peft: {error}{hint}")
-    except Failure as failure:
-        sys.exit(f"versus_peft: {failure}")
-    except ImportError as error:
-        sys.exit(f"versus_peft: no figure: {error}")
-    except KeyboardInterrupt:
-        sys.exit("versus_peft: stopped")
+    say("versus_peft", INSTALL, lambda: run(args))
 
 
 if __name__ == "__main__":

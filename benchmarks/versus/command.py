@@ -1,0 +1,48 @@
+"""What the commands that drive sides share: the CPU's name, where results go, and one line for what stops a run."""
+
+import json
+import platform
+import sys
+from pathlib import Path
+
+from .side import SideError
+
+
+class Failure(Exception):
+    """What stops the run, in one line."""
+
+
+def cpu():
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    names = [line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def stem(parser, out, name):
+    """``--out``, a folder or a path without ending, as a path without ending."""
+    out = out / name if out.is_dir() else out.with_suffix("")
+    if not out.resolve().parent.is_dir():
+        parser.error(f"--out: there is no folder {out.resolve().parent}")
+    return out
+
+
+def write(seen, page, out):
+    """All that was measured, and its page; called after every row, so that a run that is stopped leaves what it had."""
+    out.with_suffix(".json").write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(page + "\n", encoding="utf-8")
+
+
+def say(name, install, run):
+    """Call ``run``; end with one line where something is missing, fails or is stopped."""
+    try:
+        run()
+    except SideError as error:
+        hint = f"; in the root of the repository, run: {install}" if error.missing else ""
+        sys.exit(f"{name}: {error}{hint}")
+    except Failure as failure:
+        sys.exit(f"{name}: {failure}")
+    except ImportError as error:
+        sys.exit(f"{name}: no figure: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: stopped")
