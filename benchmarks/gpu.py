@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from shapes import SIZES
-from versus.command import Failure, cpu, say, stem, write
+from versus.command import Failure, say, stem, write
 from versus.report import table
 from versus.settings import CHECKED_STEPS, TOLERANCE
 from versus.side import Side, SideError
@@ -263,7 +263,7 @@ def machine(args):
     if any(SIDES[name][0] == "theirs" for name in args.sides):
         with Side("theirs", args.threads) as side:
             facts |= side.ask("facts")
-    return facts | {"CPU": cpu(), "threads": args.threads, "date": datetime.date.today().isoformat()}
+    return facts | {"threads": args.threads, "date": datetime.date.today().isoformat()}
 
 
 def run(args):

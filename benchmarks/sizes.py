@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 from shapes import ALPHA, TARGETS, R
-from versus.command import cpu
 
 LEAST_SECONDS = 0.2  # of a turn
 
@@ -33,6 +32,7 @@ try:
 
     import minilora
     from minilora.backend import keep_heap
+    from minilora.devices import cpu_name
     from minilora.train import training_step
 except ImportError as error:
     sys.exit(f"{error}; in the root of the repository, run: python3 -m venv .bench && .bench/bin/pip install -e .")
@@ -98,7 +98,7 @@ def in_turns(rounds, *functions):
 def machine():
     """What the figures depend on: CPU, threads, versions, date."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    facts = {"CPU": cpu(), "cores": os.cpu_count(), "threads": THREADS, "Python": platform.python_version()}
+    facts = {"CPU": cpu_name(), "cores": os.cpu_count(), "threads": THREADS, "Python": platform.python_version()}
     facts |= {"numpy": np.__version__, "blas": f"{blas['name']} {blas['version']}"}
     return facts | {"date": datetime.date.today().isoformat()}
 

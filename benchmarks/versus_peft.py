@@ -19,7 +19,7 @@ from pathlib import Path
 
 from shapes import SIZES
 from versus import report, settings
-from versus.command import Failure, cpu, say, stem, write
+from versus.command import Failure, say, stem, write
 from versus.settings import CHECKED_STEPS, FIRST_STEP_ONLY, METHODS, MICRO_BATCHES, PROMPT, TOKENS, TOLERANCE
 from versus.side import Side, SideError
 
@@ -196,8 +196,7 @@ def startup(folder, rounds=5):
 
 def machine():
     """(what the figures depend on: CPU, versions, date; the memory of each side's imports, MB)."""
-    facts = {"CPU": cpu(), "cores": CORES}
-    facts["date"], imports = datetime.date.today().isoformat(), {}
+    facts, imports = {"cores": CORES, "date": datetime.date.today().isoformat()}, {}
     for label, module in ((OURS, "ours"), (THEIRS, "theirs")):
         with Side(module, 1) as side:
             imports[label] = side.ask("imports")

@@ -25,19 +25,22 @@ def devices() -> dict:
     return {"cpu": cpu(), "cuda": cuda()}
 
 
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    names = [line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def cpu() -> dict:
     from threadpoolctl import threadpool_info
 
-    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    names = [line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     blas = [
         {"name": lib["internal_api"], "version": lib["version"], "threads": lib["num_threads"]}
         for lib in threadpool_info()
         if lib["user_api"] == "blas"
     ]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return {"name": name, "cores": cores, "numpy": np.__version__, "blas": blas}
+    return {"name": cpu_name(), "cores": cores, "numpy": np.__version__, "blas": blas}
 
 
 def cuda() -> dict:

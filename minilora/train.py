@@ -76,13 +76,13 @@ def train(
         raise InputError(f"train: steps is {steps}; ask for at least one")
     check_positive(zero_allowed=True, warmup=warmup, floor=floor)
     keep_heap()
-    history, peak, batches, team = History(), optimizer.lr, iter(batches), nullcontext()
+    history, peak, batches, sharing = History(), optimizer.lr, iter(batches), nullcontext()
     if workers != 1:
         from .parallel import Workers
 
-        team = Workers(model, optimizer, workers)
+        sharing = Workers(model, optimizer, workers)
     with (
-        team as team,
+        sharing as team,
         progress_bar(steps, label, progress) as bar,
         restored_rate(optimizer),
     ):

@@ -127,6 +127,14 @@ def test_workers_take_the_steps_of_one_process(name, n):
     assert history_many.kept_bytes == pytest.approx(history.kept_bytes, rel=0.03) and history.kept_bytes > 0
 
 
+def assert_gradient_of_one_process(model, optimizer, team, ids, targets):
+    team.accumulate(ids, targets)
+    grad = optimizer.grad.copy()
+    optimizer.grad.fill(0.0)
+    accumulate(model, ids, targets)
+    close(grad, optimizer.grad, 1e-12)
+
+
 @linux
 def test_the_workers_see_what_a_method_moves_after_a_step():
     """Delta-LoRA moves W itself; a worker with a W of its own would compute the gradient of another model."""
@@ -136,12 +144,7 @@ def test_the_workers_see_what_a_method_moves_after_a_step():
     with Workers(model, optimizer, 2) as team:
         training_step(model, optimizer, *batch(2), team=team)
         assert not np.array_equal(layer.base.W.data, before)
-        ids, targets = batch(2, seed=1)
-        team.accumulate(ids, targets)
-        grad = optimizer.grad.copy()
-        optimizer.grad.fill(0.0)
-        accumulate(model, ids, targets)
-    close(grad, optimizer.grad, 1e-12)
+        assert_gradient_of_one_process(model, optimizer, team, *batch(2, seed=1))
 
 
 @linux
@@ -253,11 +256,7 @@ def poisoned(size=4):
 def assert_goes_on(model, optimizer, team):
     """The next step is that of one process from the same weights."""
     ids, targets = batch(6, seed=9)
-    team.accumulate(ids, targets)
-    grad = optimizer.grad.copy()
-    optimizer.grad.fill(0.0)
-    accumulate(model, ids, targets)
-    close(grad, optimizer.grad, 1e-12)
+    assert_gradient_of_one_process(model, optimizer, team, ids, targets)
     optimizer.grad.fill(0.0)
     training_step(model, optimizer, ids, targets, team=team)
 

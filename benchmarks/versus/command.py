@@ -1,22 +1,13 @@
-"""What the commands that drive sides share: the CPU's name, where results go, and one line for what stops a run."""
+"""What the commands that drive sides share: where results go, and one line for what stops a run."""
 
 import json
-import platform
 import sys
-from pathlib import Path
 
 from .side import SideError
 
 
 class Failure(Exception):
     """What stops the run, in one line."""
-
-
-def cpu():
-    """The CPU's name."""
-    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    names = [line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def stem(parser, out, name):

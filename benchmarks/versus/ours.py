@@ -9,6 +9,7 @@ from shapes import ALPHA, SIZES, TARGETS, R
 
 import minilora
 from minilora.backend import keep_heap
+from minilora.devices import cpu_name
 from minilora.train import training_step
 
 from .settings import IDLE_RATE, METHODS
@@ -103,7 +104,12 @@ class Model(Timed):
         return minilora.kept_bytes(self.gpt.loss(self.ids, self.targets), self.gpt)
 
     def facts(self):
-        versions = {"Python": platform.python_version(), "NumPy": np.__version__, "minilora": minilora.__version__}
+        versions = {
+            "CPU": cpu_name(),
+            "Python": platform.python_version(),
+            "NumPy": np.__version__,
+            "minilora": minilora.__version__,
+        }
         return versions | {"NumPy's BLAS": self.blas(), "minilora is": str(Path(minilora.__file__).parent)}
 
     def gpu(self):
