@@ -79,6 +79,10 @@ class Adapter:
         """The weight (d_out, d_in) that does the same in one product: forward(x) equals x @ merge(W, p).T."""
         raise NotImplementedError
 
+    def factors(self, W, p):
+        """(B (d_out, k), A (k, d_in)) with merge(W, p) = W + B A, or None where the update is no thin product."""
+        return None
+
     def lr_scale(self, name) -> float:
         """Factor on the learning rate of the trainable array ``name``."""
         return 1.0
@@ -92,14 +96,18 @@ class AdaptedLinear(Module):
 
     arrays_beside = ("merged", "original")
 
-    def __init__(self, base: Linear, method: Adapter, seed, shared=None):
-        """``shared``: Parameters from ``init_shared``; ``seed``: of the Generator that ``init`` draws from."""
+    def __init__(self, base: Linear, method: Adapter, seed, shared=None, part=None):
+        """``shared``: Parameters from ``init_shared``; ``seed``: of the Generator that ``init`` draws from.
+
+        ``part``: {name: slice}, the rows of a shared array that this layer sees, where they are not the first ones.
+        """
         self.method, self.base, self.merged, self.original = method, base, None, base.W.data
+        self.part = part or {}
         base.freeze()
         xp, dtype = array_module(base.W.data), base.W.dtype
         self.shared = shared or {}
         own = lambda array: own_array(array, xp, dtype)
-        W, shared = np.array(to_host(base.W.data)), Saved((k, to_host(p.data)) for k, p in self.shared.items())
+        W, shared = np.array(to_host(base.W.data)), Saved((k, to_host(a)) for k, a in self.seen().items())
         trainable, buffers = method.init(W, np.random.default_rng(seed), shared)
         self.arrays = Module()
         for name, array in trainable.items():
@@ -109,10 +117,14 @@ class AdaptedLinear(Module):
         if method.updates_base:
             base.W.data = own(W)
 
+    def seen(self) -> dict:
+        """The shared arrays, or this layer's part of them."""
+        return {k: t.data[self.part[k]] if k in self.part else t.data for k, t in self.shared.items()}
+
     @property
     def p(self) -> Saved:
         """The layer's arrays by name, trainable, buffers and shared alike."""
-        return Saved({name: t.data for name, t in (*self.shared.items(), *vars(self.arrays).items())})
+        return Saved({**self.seen(), **{name: t.data for name, t in vars(self.arrays).items()}})
 
     def __call__(self, x: Tensor) -> Tensor:
         """Raises InputError for a wrong shape, dtype or device, RuntimeError when a merged layer is trained."""

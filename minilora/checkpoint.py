@@ -1,56 +1,30 @@
-"""Weights in files: a base model as .npz, which NumPy alone can read, and an adapter as safetensors. Never pickle.
+"""Models, adapters and half-done training in files: .npz for a base model, safetensors for the rest. Never pickle.
 
-A file is written beside its target and renamed over it, so that an interrupted save leaves the old one whole.
+Every save is all or nothing, and every file is checked whole before a model changes; both are files.py's work.
 """
 
 import hashlib
 import io
 import json
-import os
+import math
 import zipfile
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 
+from . import methods
 from .backend import array_module, to_device, to_host
-from .errors import InputError, nearest
+from .engine import Saved
+from .errors import AdapterFormatError, FormatError, InputError, nearest, shown
+from .files import TensorFile, parse_json, write_atomically, write_tensors
 from .gpt import GPT, GPTConfig
-from .surgery import adapt, adapted_layers, unload
+from .surgery import adapted_layers, check_plan, host, linear_layers, shared_shapes
 
-FORMAT = "minilora adapter 1"
+FORMAT, TRAINING = "minilora adapter 2", "minilora training 1"
+SERIES = ("loss", "lr", "grad_norm", "seconds")  # the lists of train.History
 CONFIG = "config"  # the .npz member that holds the GPTConfig as JSON text
-
-
-def write_atomically(path, data: bytes) -> None:
-    """Write ``data`` to ``path``: a temporary file in the same folder, flushed to the disk, renamed over the target."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def writable_folder(path) -> Path:
-    """``path`` as a folder that exists and can be written to. Raises InputError where it cannot."""
-    folder = Path(path)
-    probe = folder / f".probe.{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f'cannot write to the folder "{folder}": {error.strerror}; choose another with --out'
-        ) from error
-    return folder
 
 
 def save_model(path, model: GPT) -> None:
@@ -112,66 +86,202 @@ def adapter_arrays(model: GPT) -> dict:
     return {n: p for n, p in model.named_parameters() if n.startswith(inside) and n not in base - moved}
 
 
-def save_adapter(path, model: GPT, base_fingerprint: str) -> None:
-    """Save what adapt() added and training changed, with the method, its options and layers, as safetensors.
-
-    Raises InputError for a model that is not adapted.
-    """
-    from safetensors.numpy import save
-
+def adapter_metadata(model: GPT, base_fingerprint: str) -> dict:
+    """What an adapter file says beside its arrays: which method, with which options, in which layer of which base."""
     layers = adapted_layers(model)
     if not layers:
         raise InputError("save_adapter: this model has no adapter; call adapt() first")
-    method = next(iter(layers.values())).method
-    metadata = {
+    describe = lambda layer: {
+        "options": asdict(layer.method),
+        **({"part": {k: [rows.start, rows.stop] for k, rows in layer.part.items()}} if layer.part else {}),
+    }
+    return {
         "format": FORMAT,
-        "method": method.name,
-        "options": json.dumps(asdict(method)),
-        "layers": json.dumps(list(layers)),
+        "method": next(iter(layers.values())).method.name,
+        "layers": json.dumps({path: describe(layer) for path, layer in layers.items()}),
         "base": base_fingerprint,
     }
-    arrays = {name: np.ascontiguousarray(to_host(p.data)) for name, p in adapter_arrays(model).items()}
-    write_atomically(path, save(arrays, metadata))
+
+
+def save_adapter(path, model: GPT, base_fingerprint: str) -> None:
+    """Save what adapt() added and training changed, with the method, its options and layers, as safetensors.
+
+    Raises InputError for a model that is not adapted, and where the disk does not take it.
+    """
+    write_tensors(path, host_arrays(adapter_arrays(model)), adapter_metadata(model, base_fingerprint))
+
+
+def host_arrays(params: dict) -> dict:
+    return {name: to_host(p.data) for name, p in params.items()}
 
 
 def load_adapter(path, model: GPT) -> GPT:
     """Put the adapter of a save_adapter() file into ``model``, the base model that it was trained on.
 
-    Raises InputError for a missing or foreign file, another base model, or arrays that do not fit.
+    Raises AdapterFormatError, with the model as it was, for a missing or foreign file, another base model, or arrays
+    that do not fit.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise InputError(f'there is no adapter file "{path}"') from None
-    except (OSError, SafetensorError) as error:
-        raise InputError(f'"{path}" is not an adapter file: {error}') from error
-    if metadata.get("format") != FORMAT:
-        raise InputError(f'"{path}" is a safetensors file, but not one that save_adapter() wrote')
-    try:
-        base, method = metadata["base"], metadata["method"]
-        options, layers = json.loads(metadata["options"]), json.loads(metadata["layers"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise InputError(f'"{path}": the description of the adapter is damaged ({error!r})') from error
-    if base != fingerprint(model):
-        raise InputError(
-            f'"{path}" was trained on another base model; load that one first (--base on the command line)'
-        )
-    before = [(p, p.node) for _, p in model.named_parameters()]
-    try:
-        adapt(model, method, layers, verbose=False, **options)
-    except InputError as error:  # nothing has been changed then
-        raise InputError(f'"{path}": {error}') from error
-    try:
-        assign(adapter_arrays(model), arrays, path)
-    except InputError:
-        unload(model)
-        for p, node in before:
-            p.node = node
-        raise
+    file = TensorFile(path, "an adapter file", AdapterFormatError)
+    put_adapter(model, *read_description(file, FORMAT, model), file)
     return model
+
+
+def read_description(file: TensorFile, form: str, model: GPT):
+    """(method by layer, parts by layer) from the metadata of an adapter or checkpoint; the base model is compared."""
+    if file.metadata.get("format") != form:
+        found = file.metadata.get("format", "none")
+        file.fail(f"is a safetensors file of the format {shown(found)}; expected {shown(form)}")
+    for key in ("base", "method", "layers"):
+        if key not in file.metadata:
+            file.fail(f'the description of the adapter lacks "{key}"')
+    if file.metadata["base"] != fingerprint(model):
+        file.fail("was trained on another base model; load that one first (--base on the command line)")
+    layers = parse_json(file.metadata["layers"].encode(), file.path, "list of layers", file.error)
+    if not isinstance(layers, dict) or not layers:
+        file.fail("the list of layers is not a map with at least one layer")
+    chosen, parts = {}, {}
+    for path, entry in layers.items():
+        if not isinstance(entry, dict) or not set(entry) <= {"options", "part"}:
+            file.fail(f"the entry of the layer {shown(path)} has other keys than options and part")
+        chosen[path] = read_method(file, path, entry.get("options"))
+        parts[path] = read_part(file, path, entry.get("part", {}))
+    try:
+        check_plan(model, chosen)
+    except InputError as error:
+        file.fail(str(error))
+    return chosen, parts
+
+
+def read_method(file: TensorFile, path, options):
+    """The method of one layer: its name and options are looked up, nothing in them is run."""
+    if not isinstance(options, dict):
+        file.fail(f"the options of the layer {shown(path)} are not a map")
+    try:
+        kinds = {name: kind for name, (kind, _) in methods.options(file.metadata["method"]).items()}
+        for name, value in options.items():
+            if name in kinds and (isinstance(value, bool) or not isinstance(value, (kinds[name], int))):
+                file.fail(f"the option {name} of the layer {shown(path)} is {shown(str(value))}, no {kinds[name].__name__}")
+        return methods.create(file.metadata["method"], **options)
+    except (InputError, OverflowError) as error:
+        raise error if isinstance(error, FormatError) else file.error(file.path, str(error)) from None
+
+
+def read_part(file: TensorFile, path, part):
+    """{name: slice} from {name: [start, stop]}."""
+    good = lambda rows: isinstance(rows, list) and len(rows) == 2 and all(type(n) is int and 0 <= n < 2**31 for n in rows)
+    if not isinstance(part, dict) or not all(map(good, part.values())):
+        file.fail(f"the part of the layer {shown(path)} is not a map of names to two integers")
+    return {name: slice(*rows) for name, rows in part.items()}
+
+
+def save_training(path, model: GPT, base_fingerprint: str, optimizer, history, rng, settings: dict) -> None:
+    """Save all that the next step depends on, so that load_training() goes on as if nothing had happened.
+
+    The adapter's arrays with the moved base weights, the optimizer's state, the history (and so the step and the
+    schedule's position), the state of ``rng`` (and so the position in the data), and the ``settings``, plain data.
+    """
+    arrays = host_arrays(adapter_arrays(model))
+    arrays |= {f"optimizer.{name}": to_host(array) for name, array in optimizer.state().items()}
+    arrays |= {f"history.{name}": np.array(getattr(history, name), np.float64) for name in SERIES}
+    metadata = adapter_metadata(model, base_fingerprint) | {
+        "format": TRAINING,
+        "settings": json.dumps(settings),
+        "random": json.dumps(rng.bit_generator.state),
+        "counts": json.dumps([len(history.loss), history.tokens_per_step, history.kept_bytes]),
+    }
+    write_tensors(path, arrays, metadata)
+
+
+def open_training(path) -> tuple[TensorFile, dict]:
+    """A checkpoint that save_training() wrote, its header checked, and its settings. Raises AdapterFormatError."""
+    file = TensorFile(path, "a training checkpoint", AdapterFormatError)
+    if file.metadata.get("format") != TRAINING:
+        file.fail(f"is no training checkpoint of the format {shown(TRAINING)}")
+    for key in ("settings", "random", "counts"):
+        if key not in file.metadata:
+            file.fail(f'the description of the run lacks "{key}"')
+    settings = described(file, "settings")
+    if not isinstance(settings, dict):
+        file.fail("the settings are not a map")
+    return file, settings
+
+
+def steps_taken(file: TensorFile) -> int:
+    return read_counts(file)[0]
+
+
+def read_counts(file: TensorFile) -> list[int]:
+    """[steps taken, tokens per step, bytes kept] of a checkpoint."""
+    counts = described(file, "counts")
+    if not isinstance(counts, list) or len(counts) != 3 or not all(type(n) is int and n >= 0 for n in counts):
+        file.fail("the counts are not three integers of at least 0")
+    return counts
+
+
+def described(file: TensorFile, key: str):
+    return parse_json(file.metadata[key].encode(), file.path, key, file.error)
+
+
+def load_training(file: TensorFile, model: GPT, make_optimizer, history, rng):
+    """Put the adapter, the optimizer's state, the history and ``rng`` back as they were; returns the optimizer.
+
+    ``model`` is the base model; ``make_optimizer(trainable parameters)`` makes the optimizer as the run did.
+    Raises AdapterFormatError.
+    """
+    chosen, parts = read_description(file, TRAINING, model)
+    steps, history.tokens_per_step, history.kept_bytes = read_counts(file)
+    trained = sum(
+        math.prod(shape)
+        for path, method in chosen.items()
+        for shape in array_shapes(method, *linear_layers(model)[path].W.shape)[0].values()
+    )
+    optimizer_shapes = {f"optimizer.{name}": (1,) if name == "t" else (trained,) for name in ("m", "v", "t")}
+    others = put_adapter(model, chosen, parts, file, optimizer_shapes | {f"history.{name}": (steps,) for name in SERIES})
+    optimizer = make_optimizer(model.trainable())
+    optimizer.restore({name: others[f"optimizer.{name}"] for name in optimizer.state()})
+    for name in SERIES:
+        getattr(history, name)[:] = others[f"history.{name}"].tolist()
+    try:
+        rng.bit_generator.state = described(file, "random")
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        file.fail(f"the state of the random generator cannot be used ({error!r})")
+    return optimizer
+
+
+def put_adapter(model: GPT, chosen: dict, parts: dict, file: TensorFile, others: dict | None = None) -> dict:
+    """Put the methods ``chosen`` into ``model`` with the arrays of ``file``; returns those of ``others`` {name: shape}.
+
+    The file is held to the shapes, and read, before the model changes or anything of it is allocated.
+    """
+    file.check(adapter_shapes(model, chosen, parts) | (others or {}))
+    arrays = file.read()
+    host(model, chosen, parts=parts)
+    for name, p in adapter_arrays(model).items():
+        p.data = to_device(arrays[name].astype(p.dtype, copy=False), array_module(p.data))
+    return {name: arrays[name] for name in others or {}}
+
+
+def adapter_shapes(model: GPT, chosen: dict, parts: dict) -> dict:
+    """What adapter_arrays() would be after host(): {name: shape}, with no array made, however large r is."""
+    found, linears = {}, linear_layers(model)
+    for path, method in chosen.items():
+        d_out, d_in = linears[path].W.shape
+        trainable, buffers, _ = array_shapes(method, d_out, d_in)
+        found |= {f"{path}.arrays.{name}": shape for name, shape in (trainable | buffers).items()}
+        if method.updates_base:
+            found[f"{path}.base.W"] = (d_out, d_in)
+    widest = map(max, zip(*shared_shapes(model, chosen, parts), strict=True))
+    *_, shared = array_shapes(method, *widest)
+    return found | {f"shared.{name}": shape for name, shape in shared.items()}
+
+
+def array_shapes(method, d_out, d_in):
+    """{name: shape} of the trainable arrays, the buffers and the shared arrays, found on a layer of other sizes."""
+    sizes = {1: 1, 3: getattr(method, "r", 3), 5: d_out, 7: d_in}
+    small, W = replace(method, r=3) if hasattr(method, "r") else method, np.eye(5, 7)
+    shared = Saved(small.init_shared([W.shape], np.random.default_rng(0)))
+    groups = (*small.init(W, np.random.default_rng(0), shared), shared)
+    return tuple({name: tuple(sizes[n] for n in a.shape) for name, a in group.items()} for group in groups)
 
 
 def assign(params: dict, arrays: dict, path) -> None:

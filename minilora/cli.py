@@ -9,7 +9,7 @@ import json
 import sys
 
 from . import methods
-from .errors import InputError, TrainingStopped
+from .errors import InputError, Interrupted, TrainingStopped
 from .gpt import RECOMPUTED
 
 
@@ -25,6 +25,9 @@ def main(argv=None) -> int:
     except TrainingStopped as stop:
         print(f"minilora: {stop}", file=sys.stderr)
         return 1
+    except Interrupted as stop:
+        print(f"minilora: {stop}", file=sys.stderr)
+        return 128 + stop.signum  # 130 for Ctrl-C, as shells count
     except KeyboardInterrupt:
         print("\nminilora: stopped", file=sys.stderr)
         return 130
@@ -59,7 +62,7 @@ def build_parser(argv) -> argparse.ArgumentParser:
     common(p)
 
     p = command("train", run_train, "Fine-tune with one method, on the Folio or on your own text; save the adapter.")
-    p.add_argument("method", metavar="METHOD", help="one of: " + ", ".join(methods.names()))
+    p.add_argument("method", metavar="METHOD", nargs="?", help="one of: " + ", ".join(methods.names()))
     p.add_argument("--data", metavar="FILE", help="your own text, UTF-8; its last tenth is held out")
     p.add_argument("--replace-unknown", metavar="CHAR", help="put CHAR for characters that the tokenizer lacks")
     p.add_argument("--target-modules", default="all-linear", metavar="NAMES",
@@ -70,13 +73,20 @@ def build_parser(argv) -> argparse.ArgumentParser:
     p.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up, before the cosine")
     p.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, on matrices")
     p.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    p.add_argument("--out", default="runs/train", metavar="DIR", help="folder for adapter.safetensors, history.json")
+    p.add_argument("--out", default="runs/train", metavar="DIR",
+                   help="folder for adapter.safetensors, history.json and checkpoint.safetensors")  # fmt: skip
+    p.add_argument("--checkpoint-every", type=int, default=25, metavar="N", help="steps between two checkpoints")
+    p.add_argument("--overwrite", action="store_true", help="replace an unfinished run in the folder")
+    p.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, with its own settings")
     p.add_argument("--micro-batches", type=int, default=1, metavar="K",
                    help="take each batch in K parts, one after another: the same step in less memory")  # fmt: skip
     recompute_flag(p)
     worker_flag(p)
     common(p)
     method_flags(p, argv)
+    if any(word.split("=")[0] == "--resume" for word in argv):  # then only what is given counts
+        for action in p._actions:
+            action.default = argparse.SUPPRESS
 
     from . import sweep
     from .compare import PROMPT
@@ -166,8 +176,18 @@ def run_compare(args):
 
 
 def run_train(args):
-    from .finetune import finetune
+    from .finetune import finetune, resume
 
+    if "resume" in args and args.resume is not None:
+        given = sorted(set(vars(args)) - {"run", "resume", "workers", "device"})
+        if given:
+            raise InputError(
+                f"--resume goes on with the run's own settings; leave out {', '.join(given)}, "
+                "or begin another run with another --out"
+            )
+        return resume(args.resume, vars(args).get("workers"), vars(args).get("device"))
+    if args.method is None:
+        raise InputError(f"name a method, one of {', '.join(methods.names())}; or --resume DIR")
     methods.get(args.method)
     options = {name: getattr(args, name) for name in methods.options(args.method)}
     targets = args.target_modules if args.target_modules == "all-linear" else args.target_modules.split(",")
@@ -175,7 +195,7 @@ def run_train(args):
         methods.create(args.method, **options), targets, data=args.data, replace=args.replace_unknown, steps=args.steps,
         lr=args.lr, batch=args.batch, warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip, out=args.out,
         base=args.base, seed=args.seed, device=args.device, workers=workers(args), micro_batches=args.micro_batches,
-        recompute=args.recompute,
+        recompute=args.recompute, every=args.checkpoint_every, overwrite=args.overwrite,
     )  # fmt: skip
 
 
@@ -183,7 +203,8 @@ def run_pretrain(args):
     from dataclasses import replace
     from pathlib import Path
 
-    from .checkpoint import save_model, writable_folder
+    from .checkpoint import save_model
+    from .files import writable_folder
     from .pretrain import Recipe, pretrain
 
     recipe = Recipe() if args.steps is None else replace(Recipe(), steps=args.steps)

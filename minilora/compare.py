@@ -14,9 +14,10 @@ import numpy as np
 
 from . import methods
 from .backend import device_module
-from .checkpoint import load_base, writable_folder, write_atomically
+from .checkpoint import load_base
 from .data import CharTokenizer, fixed_batches, load_corpus, random_batches, split_text
 from .errors import InputError
+from .files import writable_folder, write_atomically
 from .optim import AdamW, check_positive
 from .surgery import adapt, count_parameters, plan
 from .train import evaluate, train

@@ -4,10 +4,32 @@ The command line prints these as one line; anything else that is raised is a bug
 """
 
 import difflib
+import json
 
 
 class InputError(ValueError):
     """Something the caller passed cannot be used: a value, a shape, a dtype, a name, a file or a device."""
+
+
+class FormatError(InputError):
+    """A file breaks a rule: ``file`` and ``rule`` say which, ``tensor`` where in it, if anywhere."""
+
+    def __init__(self, file, rule: str, tensor: str | None = None):
+        self.file, self.tensor, self.rule = str(file), tensor, rule
+        where = "" if tensor is None else f"tensor {shown(tensor)}: "
+        super().__init__(f"{shown(str(file), 300)}: {where}{rule}")
+
+
+class AdapterFormatError(FormatError):
+    """The same for an adapter or a training checkpoint, of minilora or of PEFT."""
+
+
+class Interrupted(Exception):
+    """The user, or the system, asked a run to stop; it stopped between two steps, with everything saved."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.signum = signum
 
 
 class TrainingStopped(RuntimeError):
@@ -16,5 +38,10 @@ class TrainingStopped(RuntimeError):
 
 def nearest(name: str, names) -> str:
     """A hint ' (did you mean "lora"?)' for a misspelt ``name``, or an empty string when nothing is close."""
-    close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.5)
-    return f' (did you mean "{close[0]}"?)' if close else ""
+    close = difflib.get_close_matches(str(name)[:200], [str(n)[:200] for n in names], n=1, cutoff=0.5)
+    return f" (did you mean {shown(close[0])}?)" if close else ""
+
+
+def shown(text: str, most=80) -> str:
+    """``text`` in quotes as a message may print it: from a file it may be long, or hold a terminal's control codes."""
+    return json.dumps(text if len(text) <= most else text[: most - 1] + "…", ensure_ascii=not text.isprintable())

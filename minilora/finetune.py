@@ -1,61 +1,226 @@
-"""``minilora train``: one method, on the Folio or on the user's own text, to an adapter in a file."""
+"""``minilora train``: one method, on the Folio or on the user's own text, to an adapter in a file.
 
+A run can be stopped or killed at any moment, and goes on from its last checkpoint as if nothing had happened.
+"""
+
+import hashlib
 import json
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import fingerprint, load_base, save_adapter, writable_folder, write_atomically
+from . import methods
+from .checkpoint import fingerprint, load_base, load_training, open_training, save_adapter, save_training, steps_taken
 from .compare import PROMPT, learning_rate, side_by_side, write_sample
 from .data import CharTokenizer, fixed_batches, load_corpus, random_batches, read_text_file, split_text
-from .errors import TrainingStopped
+from .errors import AdapterFormatError, InputError, Interrupted, TrainingStopped
+from .files import writable_folder, write_atomically
 from .optim import AdamW, check_positive
-from .surgery import adapt
-from .train import evaluate, train
+from .surgery import adapt, plan
+from .train import History, evaluate, train
+
+ADAPTER, CHECKPOINT, HISTORY = "adapter.safetensors", "checkpoint.safetensors", "history.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides what a run comes to; its checkpoint holds them."""
+
+    method: str
+    options: dict
+    targets: str | list
+    data: str | None
+    replace: str | None
+    text_sha256: str
+    steps: int
+    lr: float
+    batch: int
+    warmup: int
+    weight_decay: float
+    clip: int | float | None
+    base: str | None
+    seed: int
+    device: str
+    workers: int
+    micro_batches: int
+    recompute: list
+    every: int
+
+    @classmethod
+    def read(cls, file, found: dict):
+        """From a checkpoint. Raises AdapterFormatError for a setting that is missing, unknown or of another type."""
+        for field in fields(cls):
+            kind = (int, float) if field.type is float else field.type
+            if field.name not in found or not isinstance(found[field.name], kind):
+                file.fail(f'the setting "{field.name}" is missing or has another type than {field.type}')
+        if len(found) > len(fields(cls)):
+            file.fail(f"there are settings that no run has: {sorted(found.keys() - {f.name for f in fields(cls)})}")
+        try:
+            methods.create(found["method"], **found["options"])
+        except InputError as error:
+            file.fail(str(error))
+        return cls(**found)
 
 
 def finetune(
     method, targets="all-linear", data=None, replace=None, steps=150, lr=None, batch=8, warmup=20, weight_decay=0.0,
     clip=1.0, out="runs/train", base=None, seed=0, device="cpu", progress=None, report=print,
-    workers=1, micro_batches=1, recompute=(),
+    workers=1, micro_batches=1, recompute=(), every=25, overwrite=False,
 ):  # fmt: skip
-    """Fine-tune with ``method``, an Adapter; write adapter.safetensors and history.json into ``out``.
+    """Fine-tune with ``method``, an Adapter; write adapter.safetensors, history.json and checkpoints into ``out``.
 
-    ``workers``, ``micro_batches``: see train; ``recompute``: see GPT.recompute.
+    ``workers``, ``micro_batches``: see train; ``recompute``: see GPT.recompute. ``every``: steps between checkpoints.
     ``data``: a text file, whose end is held out; the Folio by default. Raises InputError before any training for
-    input that cannot be used; TrainingStopped at a loss that is not finite, with the last good state saved.
+    input that cannot be used, such as a folder with an unfinished run, unless ``overwrite``; TrainingStopped at a loss
+    that is not finite, with the last good state saved; Interrupted where a signal stopped it, between two steps.
     """
-    check_positive(steps=steps, batch=batch, lr=lr)
+    check_positive(steps=steps, batch=batch, lr=lr, every=every)
     check_positive(zero_allowed=True, warmup=warmup)
-    corpus = load_corpus("folio") if data is None else split_text(read_text_file(data, replace))
-    model, tokenizer = load_base(base), CharTokenizer()
-    context, rng = model.config.n_positions, np.random.default_rng(seed)
-    batches = random_batches(tokenizer.encode(corpus.train), batch, context, rng)
+    settings = Settings(
+        method=method.name, options=asdict(method), targets=targets if isinstance(targets, str) else list(targets),
+        data=None if data is None else str(Path(data).resolve()), replace=replace,
+        text_sha256=sha256(read_corpus(data, replace)), steps=steps,
+        lr=learning_rate(method.name) if lr is None else lr, batch=batch, warmup=min(warmup, steps // 2),
+        weight_decay=weight_decay, clip=clip, base=None if base is None else str(Path(base).resolve()), seed=seed,
+        device=device, workers=workers, micro_batches=micro_batches, recompute=list(recompute), every=every,
+    )  # fmt: skip
+    return run(settings, Path(out), None, overwrite, progress, report)
+
+
+def resume(out, workers=None, device=None, progress=None, report=print):
+    """Go on with the run in the folder ``out``, to the state that it would have come to without the interruption.
+
+    That holds to the bit on the same machine with as many ``workers`` and BLAS threads; others may be asked for, and
+    then the sums are rounded in another order. Raises AdapterFormatError for a folder without a checkpoint or a damaged
+    one, InputError where the text has changed since, and what finetune raises.
+    """
+    path = Path(out) / CHECKPOINT
+    if not path.exists():
+        raise AdapterFormatError(path, "there is no such checkpoint; a run's folder was expected")
+    file, found = open_training(path)
+    settings = Settings.read(file, found)
+    for name, asked in (("workers", workers), ("device", device)):
+        if asked not in (None, getattr(settings, name)):
+            report(f"The run began with {name} {getattr(settings, name)}: with {asked} it is the same but for rounding.")
+            settings = Settings(**{**asdict(settings), name: asked})
+    return run(settings, Path(out), file, False, progress, report)
+
+
+def run(settings: Settings, folder: Path, file, overwrite, progress, report):
+    """The whole run, or from its checkpoint ``file`` on: the model, trained."""
+    corpus = read_corpus(settings.data, settings.replace)
+    if sha256(corpus) != settings.text_sha256:
+        raise InputError(f"the text {settings.data or 'that is shipped'} is not the one that this run began with")
+    model, tokenizer = load_base(settings.base), CharTokenizer()
+    model.recompute(*settings.recompute)
+    context, rng, history = model.config.n_positions, np.random.default_rng(settings.seed), History()
+    batches = random_batches(tokenizer.encode(corpus.train), settings.batch, context, rng)
     held_out = fixed_batches(tokenizer.encode(corpus.val), 32, context, limit=128)
-    prompt = PROMPT if data is None else corpus.val[:32]
-    write = lambda: write_sample(model, tokenizer, seed, prompt)
-    mark = fingerprint(model)
-    adapt(model.to(device), method, targets, seed)
-    model.recompute(*recompute)
-    rate = learning_rate(method.name) if lr is None else lr
-    optimizer = AdamW(model.trainable(), rate, weight_decay=weight_decay, clip=clip)
-    folder = writable_folder(out)
+    prompt = PROMPT if settings.data is None else corpus.val[:32]
+    write = lambda: write_sample(model, tokenizer, settings.seed, prompt)
+    mark, method = fingerprint(model), methods.create(settings.method, **settings.options)
+    make_optimizer = lambda params: AdamW(
+        params, settings.lr, weight_decay=settings.weight_decay, clip=settings.clip
+    )
+    plan(model, method, settings.targets)
+    model.to(settings.device)
+    writable_folder(folder)
+    if file is None and not overwrite:
+        check_unfinished(folder)
 
     before, sample = evaluate(model, held_out), write()  # an adapter starts as the base model
-    try:
-        history = train(
-            model, optimizer, batches, steps, min(warmup, steps // 2), label=method.name, progress=progress,
-            micro_batches=micro_batches, workers=workers,
-        )  # fmt: skip
-    except TrainingStopped as stop:
-        save_adapter(folder / "adapter.safetensors", model, mark)
-        raise TrainingStopped(f"{stop}; saved in {folder / 'adapter.safetensors'}") from None
-    save_adapter(folder / "adapter.safetensors", model, mark)
+    if file is None:
+        adapt(model, method, settings.targets, settings.seed)
+        optimizer = make_optimizer(model.trainable())
+        (folder / CHECKPOINT).unlink(missing_ok=True)  # of another run
+    else:
+        optimizer = load_training(file, model, make_optimizer, history, rng)
+        report(f"{method.name}: going on after step {len(history.loss)} of {settings.steps}")
+    saved = len(history.loss)
+
+    def callback(step, history):
+        nonlocal saved
+        done, stopping = step + 1, signals and step + 1 < settings.steps
+        if stopping or done % settings.every == 0 or done == settings.steps:
+            try:
+                save_training(folder / CHECKPOINT, model, mark, optimizer, history, rng, asdict(settings))
+            except InputError as error:
+                good = f"the checkpoint of step {saved} is good: {go_on(folder)}" if saved else "no step is saved yet"
+                raise InputError(f"stopped after step {done}: {error}; {good}") from error
+            saved = done
+        if stopping:
+            raise Interrupted(f"stopped and saved after step {done} of {settings.steps}; to go on: {go_on(folder)}", signals[0])
+
+    with stop_signals() as signals:
+        try:
+            train(
+                model, optimizer, batches, settings.steps, settings.warmup, label=method.name, progress=progress,
+                callback=callback, micro_batches=settings.micro_batches, workers=settings.workers, history=history,
+            )  # fmt: skip
+        except TrainingStopped as stop:
+            save_adapter(folder / ADAPTER, model, mark)
+            (folder / CHECKPOINT).unlink(missing_ok=True)  # from there, the same would happen again
+            raise TrainingStopped(f"{stop}; saved in {folder / ADAPTER}") from None
+    save_adapter(folder / ADAPTER, model, mark)
     after = evaluate(model, held_out)
     record = {"loss": history.loss, "lr": history.lr, "grad_norm": history.grad_norm, "seconds": history.seconds,
               "held_out_before": before, "held_out_after": after}  # fmt: skip
-    write_atomically(folder / "history.json", json.dumps(record).encode())
-    report(f"Held-out loss {before:.3f} → {after:.3f} nats per character, {steps} steps, "
+    write_atomically(folder / HISTORY, json.dumps(record).encode())
+    report(f"Held-out loss {before:.3f} → {after:.3f} nats per character, {settings.steps} steps, "
            f"{history.seconds_per_step * 1e3:.0f} ms each.\n")  # fmt: skip
     report(side_by_side("before", sample, "after", write()))
-    report(f"\nWritten: {folder / 'adapter.safetensors'}; try: minilora generate --adapter {folder}")
+    report(f"\nWritten: {folder / ADAPTER}; try: minilora generate --adapter {folder}")
     return model
+
+
+def read_corpus(data, replace):
+    return load_corpus("folio") if data is None else split_text(read_text_file(data, replace))
+
+
+def sha256(corpus) -> str:
+    return hashlib.sha256(f"{corpus.train}\0{corpus.val}".encode()).hexdigest()
+
+
+def check_unfinished(folder: Path) -> None:
+    """Raise InputError where a run in ``folder`` could still go on: its checkpoint would be lost."""
+    if not (folder / CHECKPOINT).exists():
+        return
+    try:
+        file, settings = open_training(folder / CHECKPOINT)
+        steps = Settings.read(file, settings).steps
+        if steps_taken(file) == steps:
+            return
+        what = f'holds an unfinished run ("{settings["method"]}", step {steps_taken(file)} of {steps}): go on with {go_on(folder)}'
+    except AdapterFormatError as error:
+        what = f"holds a checkpoint that cannot be read ({error.rule}): look at it"
+    raise InputError(f'"{folder}" {what}; or choose another --out, or replace it with --overwrite')
+
+
+def go_on(folder) -> str:
+    return f"minilora train --resume {folder}"
+
+
+@contextmanager
+def stop_signals():
+    """A list that gets the number of SIGINT (Ctrl-C) or SIGTERM; the same signal once more does what it always does."""
+    got, previous = [], {}
+
+    def note(signum, frame):
+        got.append(signum)
+        signal.signal(signum, previous[signum])
+        print("\nminilora: stopping after this step; once more stops at once", file=sys.stderr)
+
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            previous[signum] = signal.getsignal(signum) or signal.SIG_DFL
+            signal.signal(signum, note)
+    try:
+        yield got
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

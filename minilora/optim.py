@@ -74,8 +74,12 @@ class Optimizer:
         raise NotImplementedError
 
     def state(self) -> dict:
-        """The arrays, beside the parameters themselves, that the next step depends on."""
+        """The arrays, beside the parameters themselves, that the next step depends on; ``restore`` takes them back."""
         return {}
+
+    def restore(self, state: dict) -> None:
+        for name, array in self.state().items():
+            array[...] = array_module(array).asarray(state[name], array.dtype)
 
 
 class SGD(Optimizer):
@@ -108,7 +112,7 @@ class AdamW(Optimizer):
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise InputError(f"AdamW: betas are {betas}; both must be at least 0 and below 1")
         check_positive(eps=eps)
-        self.betas, self.eps, self.t = betas, eps, 0
+        self.betas, self.eps, self.t = betas, eps, 0  # t: steps taken
         self.m, self.v = 0.0 * self.data, 0.0 * self.data
 
     def move(self):
@@ -137,7 +141,11 @@ class AdamW(Optimizer):
             data -= w
 
     def state(self):
-        return {"m": self.m, "v": self.v, "t": np.array(self.t)}
+        return {"m": self.m, "v": self.v, "t": np.array([float(self.t)])}
+
+    def restore(self, state):
+        super().restore(state)
+        self.t = int(state["t"][0])
 
 
 def _spread(xp, values, tensors, dtype):

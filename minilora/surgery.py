@@ -5,54 +5,111 @@ A model is changed in place, layer by layer, and every function here works for e
 
 import re
 import zlib
+from dataclasses import replace
 
 import numpy as np
 
 from . import methods
 from .adapter import AdaptedLinear, Adapter, own_array
 from .backend import array_module
-from .errors import InputError
+from .errors import InputError, nearest
 from .nn import Linear, Module, Parameter
 
 
-def adapt(model: Module, method: str | Adapter, target_modules="all-linear", seed=0, verbose=True, **options) -> Module:
+def adapt(
+    model: Module, method: str | Adapter, target_modules="all-linear", seed=0, verbose=True,
+    rank_pattern=None, alpha_pattern=None, **options,
+) -> Module:  # fmt: skip
     """Freeze ``model`` and put ``method`` beside each Linear that ``target_modules`` names; returns the model.
 
     ``target_modules``: a list of names (a path, or its last part such as "q"), "all-linear", or a regular
-    expression that the whole path matches. ``options``: the method's fields, such as r and alpha.
-    Raises InputError for an unknown method or option, a target that matches nothing, a rank that does not fit, or
-    a model that is adapted already; nothing has been changed then.
+    expression that the whole path matches. ``options``: the method's fields, such as r and alpha; ``rank_pattern`` and
+    ``alpha_pattern`` {name or expression: value} give some layers an r or alpha of their own, as in PEFT.
+    Raises InputError for an unknown method or option, a target or pattern that matches nothing, a rank that does not
+    fit, or a model that is adapted already; nothing has been changed then.
     """
     method = methods.create(method, **options) if isinstance(method, str) else method
-    matched = plan(model, method, target_modules)
-    model.freeze()
-    shared = method.init_shared([linear.W.shape for linear in matched.values()], np.random.default_rng(seed))
-    W = next(iter(matched.values())).W.data
-    shared = {k: Parameter(own_array(a, array_module(W), W.dtype), requires_grad=False) for k, a in shared.items()}
-    if shared:
-        model.shared = Module()  # the model owns them, the layers refer to them: moved, stored and counted once
-        vars(model.shared).update(shared)
-    for name, linear in matched.items():
-        parent, attribute = parent_of(model, name)
-        layer_seed = [seed, zlib.crc32(name.encode())]
-        setattr(parent, attribute, AdaptedLinear(linear, method, layer_seed, shared))
+    chosen = plan(model, method, target_modules, rank_pattern, alpha_pattern)
+    host(model, chosen, seed)
     if verbose:
-        kinds = dict.fromkeys(name.rpartition(".")[2] for name in matched)
+        kinds = dict.fromkeys(name.rpartition(".")[2] for name in chosen)
         trainable, total = count_parameters(model)
-        print(f"{method.name}: {len(matched)} layers matched ({', '.join(kinds)}); ", end="")
+        print(f"{method.name}: {len(chosen)} layers matched ({', '.join(kinds)}); ", end="")
         print(f"trainable {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
     return model
 
 
-def plan(model: Module, method: Adapter, target_modules="all-linear") -> dict[str, Linear]:
-    """The layers that adapt() would give ``method``, by path. Raises its errors, and changes nothing."""
+def plan(
+    model: Module, method: Adapter, target_modules="all-linear", rank_pattern=None, alpha_pattern=None
+) -> dict[str, Adapter]:
+    """The method of each layer that adapt() would adapt, by path. Raises its errors, and changes nothing."""
+    chosen = dict.fromkeys(match_targets(list(linear_layers(model)), target_modules), method)
+    for option, pattern in (("r", rank_pattern), ("alpha", alpha_pattern)):
+        for key, value in (pattern or {}).items():
+            if not any(matches(key, path) for path in chosen):
+                raise InputError(f'{option}: the pattern "{key}" matches no adapted layer; there are {", ".join(chosen)}')
+        for path, own in chosen.items():
+            if value := next((v for key, v in (pattern or {}).items() if matches(key, path)), None):
+                chosen[path] = vary(own, option, value)
+    check_plan(model, chosen)
+    return chosen
+
+
+def vary(method: Adapter, option: str, value) -> Adapter:
+    """``method`` with another ``option``. Raises InputError where it has none, or where layers share arrays."""
+    if not hasattr(method, option) or type(method).init_shared is not Adapter.init_shared:
+        raise InputError(f"{method.name}: its layers cannot have an {option} of their own")
+    return replace(method, **{option: value})
+
+
+def check_plan(model: Module, chosen: dict[str, Adapter]) -> None:
+    """Raises InputError where host() could not put ``chosen`` into ``model``."""
     if adapted_layers(model):
         raise InputError("adapt: this model is adapted already; use merge_and_unload(model) or a fresh model")
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
-    matched = match_targets(list(linears), target_modules)
-    for name in matched:
-        method.check_layer(name, linears[name].W.shape)
-    return {name: linears[name] for name in matched}
+    linears = linear_layers(model)
+    for path, method in chosen.items():
+        if path not in linears:
+            raise InputError(f'adapt: there is no linear layer "{path}"{nearest(path, linears)}')
+        method.check_layer(path, linears[path].W.shape)
+
+
+def host(model: Module, chosen: dict[str, Adapter], seed=0, parts=None) -> None:
+    """Freeze ``model`` and put its method beside each layer, by path; check_plan() says whether it can be done.
+
+    ``parts`` {path: {name: slice}}: see AdaptedLinear.
+    """
+    linears = linear_layers(model)
+    model.freeze()
+    W, method = linears[next(iter(chosen))].W.data, next(iter(chosen.values()))
+    shared = method.init_shared(shared_shapes(model, chosen, parts), np.random.default_rng(seed))
+    shared = {k: Parameter(own_array(a, array_module(W), W.dtype), requires_grad=False) for k, a in shared.items()}
+    if shared:
+        model.shared = Module()  # the model owns them, the layers refer to them: moved, stored and counted once
+        vars(model.shared).update(shared)
+    for path, method in chosen.items():
+        parent, attribute = parent_of(model, path)
+        layer_seed = [seed, zlib.crc32(path.encode())]
+        setattr(parent, attribute, AdaptedLinear(linears[path], method, layer_seed, shared, (parts or {}).get(path)))
+
+
+def shared_shapes(model: Module, chosen, parts=None) -> list:
+    """The (d_out, d_in) that shared arrays must serve: those of the layers, up to the last row that a part reaches."""
+    reach = lambda path: [rows.stop for rows in (parts or {}).get(path, {}).values()]
+    shapes = {path: linear.W.shape for path, linear in linear_layers(model).items() if path in chosen}
+    return [(max(d_out, *reach(path), 1), d_in) for path, (d_out, d_in) in shapes.items()]
+
+
+def linear_layers(model: Module) -> dict[str, Linear]:
+    """The plain linear layers by path."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, Linear)}
+
+
+def matches(pattern: str, path: str) -> bool:
+    """PEFT's rule for a key of a pattern: an expression for the path, or for the end of it behind a dot."""
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
+    except re.error as error:
+        raise InputError(f'the pattern "{pattern}" is not a regular expression: {error}') from error
 
 
 def match_targets(names: list[str], target_modules) -> list[str]:

@@ -22,9 +22,10 @@ from statistics import fmean, median, stdev
 import numpy as np
 
 from . import methods, plots
-from .checkpoint import fingerprint, load_base, writable_folder, write_atomically
+from .checkpoint import fingerprint, load_base
 from .compare import Task, tune
 from .errors import InputError, TrainingStopped
+from .files import writable_folder, write_atomically
 from .optim import check_positive
 from .surgery import count_parameters, plan
 from .train import progress_bar

@@ -60,6 +60,7 @@ def train(
     progress=None,
     micro_batches=1,
     workers=1,
+    history=None,
 ) -> History:
     """Train ``model`` for ``steps`` steps on ``batches``, an iterator of (ids, targets), each (B, T).
 
@@ -68,7 +69,7 @@ def train(
     with loss, tokens per second and the time that is left; by default where the output is a terminal.
     ``micro_batches``: each batch is taken in so many parts, one after another, at a fraction of the memory;
     ``workers``: so many processes share it out, each on one core. Neither changes the step, but for rounding and for
-    the draws of dropout.
+    the draws of dropout. ``history``: of a run that goes on; its steps count among the ``steps``, and are not repeated.
     Raises InputError for steps < 1 or batches that end early, and TrainingStopped, with the weights of the last
     good step in place, at a loss or gradient that is not finite.
     """
@@ -76,17 +77,18 @@ def train(
         raise InputError(f"train: steps is {steps}; ask for at least one")
     check_positive(zero_allowed=True, warmup=warmup, floor=floor)
     keep_heap()
-    history, peak, batches, sharing = History(), optimizer.lr, iter(batches), nullcontext()
+    history = History() if history is None else history
+    peak, batches, sharing = optimizer.lr, iter(batches), nullcontext()
     if workers != 1:
         from .parallel import Workers
 
         sharing = Workers(model, optimizer, workers)
     with (
         sharing as team,
-        progress_bar(steps, label, progress) as bar,
+        progress_bar(steps, label, progress, len(history.loss)) as bar,
         restored_rate(optimizer),
     ):
-        for step in range(steps):
+        for step in range(len(history.loss), steps):
             ids, targets = next(batches, (None, None))
             if ids is None:
                 raise InputError(f"train: the batches ended after {step} of {steps} steps")
@@ -213,9 +215,9 @@ def evaluate(model: Module, batches) -> float:
     return total / count
 
 
-def progress_bar(total, label, show=None):
+def progress_bar(total, label, show=None, done=0):
     """A tqdm bar on standard error; silent unless ``show``, by default where that is a terminal."""
     from tqdm import tqdm
 
     show = sys.stderr.isatty() if show is None else show
-    return tqdm(total=total, desc=label, unit="it", disable=not show, dynamic_ncols=True, leave=False)
+    return tqdm(total=total, initial=done, desc=label, unit="it", disable=not show, dynamic_ncols=True, leave=False)

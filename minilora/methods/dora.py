@@ -69,5 +69,8 @@ class DoRA(LoRA):
         dx = dz @ W + dh @ p.A  # (N, d_in) B7
         return dx, {"A": dA, "B": dB, "m": dm}
 
+    def factors(self, W, p):
+        """None: m / n rescales each row of W too, and that is no thin product."""
+
     def merge(self, W, p):
         return (p.m / self.norm(W, p))[:, None] * (W + (self.scaling * p.B) @ p.A)  # (d_out, d_in)

@@ -72,5 +72,8 @@ class DoRADetached(LoRA):
         """The function that backward differentiates: the same layer with n = ‖V‖ taken at the point ``at``."""
         return (x @ W.T + (x @ p.A.T) @ (self.scaling * p.B).T) * (p.m / self.norm(W, at))  # (N, d_out)
 
+    def factors(self, W, p):
+        """None: m / n rescales each row of W too, and that is no thin product."""
+
     def merge(self, W, p):
         return (p.m / self.norm(W, p))[:, None] * (W + (self.scaling * p.B) @ p.A)  # (d_out, d_in)

@@ -60,5 +60,8 @@ class LoRA(Adapter):
         dx = dy @ W + dh @ p.A  # (N, d_in) B4
         return dx, {"A": dA, "B": dB}
 
+    def factors(self, W, p):
+        return self.scaling * p.B, p.A  # (d_out, r), (r, d_in)
+
     def merge(self, W, p):
         return W + (self.scaling * p.B) @ p.A  # (d_out, d_in)

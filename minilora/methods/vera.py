@@ -72,6 +72,9 @@ class VeRA(Adapter):
     def scaled(self, W, p):
         return p.b[:, None] * p.B[: W.shape[0]] * p.d  # (d_out, r)
 
+    def factors(self, W, p):
+        return self.scaled(W, p), p.A[:, : W.shape[1]]  # (d_out, r), (r, d_in)
+
     def merge(self, W, p):
         return W + self.scaled(W, p) @ p.A[:, : W.shape[1]]  # (d_out, d_in)
 

@@ -1,0 +1,295 @@
+"""Bytes on a disk: saves that are never half done, and safetensors files of which nothing is believed unchecked.
+
+Weights are hours of work, and a file from elsewhere may be damaged or made to do harm; both are met here, once.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from pathlib import Path
+
+import numpy as np
+
+from .errors import FormatError, InputError, nearest, shown
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is open cannot be removed: that is lock enough
+    fcntl = None
+
+HEADER_BYTES, TENSORS = 1 << 20, 10_000  # caps on a file's header; GPT-2 XL has 580 tensors and needs 60 KB
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the dtypes that weights have
+DIGEST = "sha256"  # the metadata's key for the checksum
+LITTER = re.compile(r"\..+\.\d+\.tmp")
+
+
+def write_atomically(path, data: bytes) -> None:
+    """Write ``data`` to ``path`` all or not at all, whenever the process or the machine stops.
+
+    The bytes go to a temporary file in the same folder and to the disk, then that file is renamed over the target, and
+    the new name goes to the disk. Raises InputError where the disk does not take them; the old file is whole then.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            lock(file)
+            rest = memoryview(data)
+            while rest:  # a write may take a part only
+                rest = rest[os.write(file, rest) :]
+            os.fsync(file)
+        finally:
+            os.close(file)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise InputError(f'cannot write "{path}": {error.strerror or error}; no file there is half written') from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder) -> None:
+    """Put a folder's names on the disk: without it, a rename may be lost with the power."""
+    if os.name == "nt":  # keeps them itself, and opens no folder
+        return
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def lock(file) -> bool:
+    """Take the lock of an open file, which the system gives back when its process ends; False where it is taken."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def sweep_litter(folder) -> None:
+    """Remove what a process that was killed in a save has left in ``folder``; one that is alive keeps its own."""
+    for path in Path(folder).iterdir():
+        if LITTER.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                file = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+                try:
+                    dead = lock(file)
+                finally:
+                    os.close(file)
+                if dead:
+                    path.unlink()
+
+
+def writable_folder(path) -> Path:
+    """``path`` as a folder that exists, can be written to and holds no litter. Raises InputError where it cannot."""
+    folder = Path(path)
+    probe = folder / f".probe.{os.getpid()}.tmp"
+    try:
+        new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for made in new:
+            sync_folder(made.parent)
+        probe.touch()
+        probe.unlink()
+        sweep_litter(folder)
+    except OSError as error:
+        raise InputError(
+            f'cannot write to the folder "{folder}": {error.strerror}; choose another with --out'
+        ) from error
+    return folder
+
+
+def parse_json(text: bytes, path, what: str, error=FormatError):
+    """The JSON in ``text`` as plain data. Raises ``error`` for text that is no strict JSON, and for a key twice."""
+
+    def no_duplicates(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise error(path, f"the {what} has the key {shown(twice)} twice")
+        return found
+
+    def no_constant(name):
+        raise error(path, f"the {what} holds {name}, which is not JSON")
+
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
+    except UnicodeDecodeError as problem:
+        raise error(path, f"the {what} is not UTF-8 (byte {problem.start})") from None
+    except json.JSONDecodeError as problem:
+        raise error(path, f"the {what} is not JSON ({problem})") from None
+    except RecursionError:
+        raise error(path, f"the {what} is nested too deeply") from None
+    except ValueError:  # an integer of thousands of digits
+        raise error(path, f"the {what} holds a number that is too long") from None
+
+
+def read_bytes(path, most: int, what: str, error=FormatError) -> bytes:
+    """At most ``most`` bytes of a regular file. Raises ``error`` for a missing file, another kind, or a larger one."""
+    try:
+        with open_regular(path, what, error) as file:
+            data = file.read(most + 1)
+    except OSError as problem:
+        raise error(path, f"cannot be read: {problem.strerror}") from None
+    if len(data) > most:
+        raise error(path, f"is larger than {most:,} bytes, the most that {what} may have")
+    return data
+
+
+def open_regular(path, what: str, error=FormatError):
+    try:
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise error(path, f"there is no such file; {what} was expected") from None
+    except ValueError:  # a NUL in the path
+        raise error(path, "is not a path") from None
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise error(path, f"is not {what} but a folder, a pipe or a device")
+    return os.fdopen(file, "rb")
+
+
+class TensorFile:
+    """A safetensors file whose header has been checked, and whose arrays are read one by one after check().
+
+    ``metadata``: {str: str}; ``tensors``: {name: (dtype, shape, offset in the file)}. Raises ``error``, a FormatError,
+    that names file, tensor and rule, for anything that the format or the caps above do not allow, before any array is
+    read: https://github.com/huggingface/safetensors, section "Format".
+    """
+
+    def __init__(self, path, what="a safetensors file", error=FormatError):
+        self.path, self.what, self.error = Path(path), what, error
+        try:
+            with open_regular(path, what, error) as file:
+                size = os.fstat(file.fileno()).st_size
+                header = self.read_header(file, size)
+        except OSError as problem:
+            raise error(path, f"cannot be read: {problem.strerror}") from None
+        entries = parse_json(header, path, "header", error)
+        self.metadata = self.check_metadata(entries.pop("__metadata__", {}))
+        if len(entries) > TENSORS:
+            raise error(path, f"the header names {len(entries):,} tensors; at most {TENSORS:,} are read")
+        self.start = 8 + len(header)
+        self.tensors = {name: self.check_entry(name, entry) for name, entry in entries.items()}
+        self.check_layout(size - self.start)
+
+    def fail(self, rule, tensor=None):
+        raise self.error(self.path, rule, tensor)
+
+    def read_header(self, file, size) -> bytes:
+        first = file.read(8)
+        if len(first) < 8:
+            self.fail(f"is not {self.what}: it has {size} bytes, and the length of the header alone takes 8")
+        length = int.from_bytes(first, "little")
+        if length > size - 8:
+            self.fail(f"is not {self.what}: a header of {length:,} bytes is announced, and {size - 8:,} bytes follow")
+        if length > HEADER_BYTES:
+            self.fail(f"the header has {length:,} bytes; at most {HEADER_BYTES:,} are read")
+        header = file.read(length)
+        if header[:1] != b"{":
+            self.fail(f"is not {self.what}: the header is no JSON object")
+        return header
+
+    def check_metadata(self, metadata) -> dict:
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            self.fail("__metadata__ is not a map of text to text")
+        return metadata
+
+    def check_entry(self, name, entry):
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            self.fail("its entry has not exactly dtype, shape and data_offsets", name)
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+            known = ", ".join(ITEM_BYTES)
+            self.fail(f"its dtype is {shown(str(dtype))}; weights are one of {known}", name)
+        for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+            if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+                self.fail(f"its {what} is not a list of integers of at least 0 and below 2⁶³", name)
+        if len(shape) > 8 or 0 in shape or len(offsets) != 2:
+            self.fail("its shape has more than 8 dimensions or one of 0, or data_offsets are not two", name)
+        begin, end = offsets
+        if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+            self.fail(f"its {end - begin:,} bytes are not what {dtype}{shown_shape(shape)} takes", name)
+        return dtype, tuple(shape), self.start + begin
+
+    def check_layout(self, size) -> None:
+        """The arrays lie one behind the other and fill the file: no hole that hides bytes, none that two share."""
+        position = 0
+        order = sorted(self.tensors, key=lambda name: (self.tensors[name][2], self.nbytes(name)))
+        for name in order:
+            begin = self.tensors[name][2] - self.start
+            if begin != position:
+                what = "leaves a hole behind" if begin > position else "overlaps"
+                self.fail(f"it begins at byte {begin:,} and {what} the tensor before it, which ends at {position:,}", name)
+            position += self.nbytes(name)
+        if position != size:
+            self.fail(f"the tensors take {position:,} bytes, and the file has {size:,} for them")
+
+    def nbytes(self, name) -> int:
+        dtype, shape, _ = self.tensors[name]
+        return math.prod(shape) * ITEM_BYTES[dtype]
+
+    def check(self, shapes: dict) -> None:
+        """Hold the file to ``shapes`` {name: shape}: those tensors and no others. Nothing has been read by then."""
+        for name in self.tensors:
+            if name not in shapes:
+                self.fail(f"belongs to nothing in this model{nearest(name, shapes.keys() - self.tensors.keys())}", name)
+        for name, shape in shapes.items():
+            if name not in self.tensors:
+                self.fail(f"is missing; the file has {len(self.tensors)} tensors{nearest(name, self.tensors)}", name)
+            dtype, found, _ = self.tensors[name]
+            if found != tuple(shape):
+                self.fail(f"is {dtype}{shown_shape(found)}; expected {shown_shape(shape)}", name)
+
+    def read(self) -> dict:
+        """The arrays by name; BF16 as float32. Raises for one that is not finite, or not what was written."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, framework="numpy") as file:
+                get = lambda name: self.bfloat16(name) if self.tensors[name][0] == "BF16" else file.get_tensor(name)
+                arrays = {name: get(name) for name in self.tensors}
+        except (SafetensorError, OSError) as problem:
+            self.fail(f"is not {self.what}: {problem}")
+        for name, array in arrays.items():
+            if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
+                self.fail("holds NaN or an infinity", name)
+        if self.metadata.get(DIGEST, digest(arrays, self.metadata)) != digest(arrays, self.metadata):
+            self.fail("is damaged: its arrays and description have not the checksum that was written with them")
+        return arrays
+
+    def bfloat16(self, name):
+        """BF16 is the upper half of a float32; NumPy has no such dtype."""
+        _, shape, offset = self.tensors[name]
+        half = np.fromfile(self.path, "<u2", math.prod(shape), offset=offset)
+        return (half.astype(np.uint32) << 16).view(np.float32).reshape(shape)
+
+
+def write_tensors(path, arrays: dict, metadata: dict) -> None:
+    """Write arrays {name: ndarray} and text {key: text} as safetensors, with a checksum of both, all or not at all."""
+    from safetensors.numpy import save
+
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    write_atomically(path, save(arrays, metadata | {DIGEST: digest(arrays, metadata)}))
+
+
+def digest(arrays: dict, metadata: dict) -> str:
+    """SHA-256 of arrays and metadata, itself left out."""
+    total = hashlib.sha256(json.dumps(sorted((k, v) for k, v in metadata.items() if k != DIGEST)).encode())
+    for name in sorted(arrays):
+        total.update(f"{name} {arrays[name].dtype} {arrays[name].shape} ".encode() + arrays[name].tobytes())
+    return total.hexdigest()
+
+
+def shown_shape(shape) -> str:
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
