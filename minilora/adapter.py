@@ -34,8 +34,9 @@ class Adapter:
             value = getattr(self, field.name)
             if field.name == "r" and (not isinstance(value, int) or value < 1):
                 raise InputError(f"{self.name}: r is {value!r}; the rank must be an integer of at least 1")
-            if field.type is int and (not isinstance(value, int) or value < 0):
-                raise InputError(f"{self.name}: {field.name} is {value!r}; it must be an integer of at least 0")
+            if field.type is int and not (isinstance(value, int) and 0 <= value < 2**32):
+                allowed = "an integer of at least 0 and below 2³²"
+                raise InputError(f"{self.name}: {field.name} is {value!r}; it must be {allowed}")
             if field.type is float and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
                 raise InputError(f"{self.name}: {field.name} is {value!r}; it must be a finite number above 0")
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import zipfile
 import zlib
 from dataclasses import asdict, replace
@@ -18,12 +19,15 @@ from . import methods
 from .backend import array_module, to_device, to_host
 from .engine import Saved
 from .errors import AdapterFormatError, FormatError, InputError, nearest, shown
-from .files import TensorFile, parse_json, write_atomically, write_tensors
+from .files import DIGEST, TensorFile, parse_json, write_atomically, write_tensors
 from .gpt import GPT, GPTConfig
 from .surgery import adapted_layers, check_plan, host, linear_layers, shared_shapes
 
 FORMAT, TRAINING = "minilora adapter 2", "minilora training 1"
 SERIES = ("loss", "lr", "grad_norm", "seconds")  # the lists of train.History
+UNREADABLE = (
+    OSError, ValueError, TypeError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile, NotImplementedError,
+)  # fmt: skip
 CONFIG = "config"  # the .npz member that holds the GPTConfig as JSON text
 
 
@@ -47,12 +51,18 @@ def load_model(path) -> GPT:
             members = dict(np.load(file, allow_pickle=False))
     except FileNotFoundError:
         raise InputError(f'there is no model file "{path}"') from None
-    except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise InputError(f'"{path}" is not a model file that save_model() wrote: {error}') from error
     try:
         config = GPTConfig(**json.loads(str(members.pop(CONFIG))))
-    except (KeyError, TypeError, ValueError) as error:  # InputError and JSONDecodeError are ValueErrors
+    except (KeyError, TypeError, ValueError, RecursionError) as error:  # InputError and JSONDecodeError are ValueErrors
         raise InputError(f'"{path}" holds no model configuration that can be used ({error})') from error
+    sizes = {"tokens": (config.vocab_size, config.n_embd), "positions": (config.n_positions, config.n_embd)}
+    for name, shape in sizes.items():  # before a model of that size is made
+        if name in members and members[name].shape != shape:
+            raise InputError(f'"{path}": array "{name}" is {members[name].shape}; its configuration says {shape}')
+    if config.n_layer > len(members) or not sizes.keys() <= members.keys():
+        raise InputError(f'"{path}": there are {len(members)} arrays, too few for its configuration')
     model = GPT(config, dtype=next((a.dtype for a in members.values() if a.dtype.kind == "f"), np.float32))
     assign(dict(model.named_parameters()), members, path)
     return model
@@ -64,9 +74,20 @@ def pretrained() -> GPT:
         return load_model(path)
 
 
-def load_base(path=None) -> GPT:
-    """The model of ``path``, or the shipped one where none is given."""
-    return pretrained() if path is None else load_model(path)
+def load_base(path=None, vocab_size=None) -> GPT:
+    """The model of ``path``, a save_model() file or a folder of transformers' GPT-2; by default the shipped one.
+
+    Raises InputError where the model is for another ``vocab_size`` than the tokenizer's.
+    """
+    from .gpt2 import load_gpt2
+
+    model = pretrained() if path is None else load_gpt2(path) if os.path.isdir(path) else load_model(path)
+    if vocab_size not in (None, model.config.vocab_size):
+        raise InputError(
+            f'"{path}" has {model.config.vocab_size:,} tokens, and the tokenizer {vocab_size} characters; '
+            "a model that reads characters is needed here (minilora pretrain)"
+        )
+    return model
 
 
 def fingerprint(model: GPT) -> str:
@@ -122,7 +143,8 @@ def load_adapter(path, model: GPT) -> GPT:
     that do not fit.
     """
     file = TensorFile(path, "an adapter file", AdapterFormatError)
-    put_adapter(model, *read_description(file, FORMAT, model), file)
+    chosen, parts = read_description(file, FORMAT, model)
+    put_adapter(model, chosen, parts, read_arrays(file, model, adapter_shapes(model, chosen, parts)))
     return model
 
 
@@ -131,20 +153,23 @@ def read_description(file: TensorFile, form: str, model: GPT):
     if file.metadata.get("format") != form:
         found = file.metadata.get("format", "none")
         file.fail(f"is a safetensors file of the format {shown(found)}; expected {shown(form)}")
-    for key in ("base", "method", "layers"):
+    for key in ("base", "method", "layers", DIGEST):
         if key not in file.metadata:
             file.fail(f'the description of the adapter lacks "{key}"')
     if file.metadata["base"] != fingerprint(model):
         file.fail("was trained on another base model; load that one first (--base on the command line)")
-    layers = parse_json(file.metadata["layers"].encode(), file.path, "list of layers", file.error)
+    layers = parse_json(file.metadata["layers"], file.path, "list of layers", file.error)
     if not isinstance(layers, dict) or not layers:
         file.fail("the list of layers is not a map with at least one layer")
-    chosen, parts = {}, {}
+    chosen, parts, linears = {}, {}, linear_layers(model)
     for path, entry in layers.items():
+        if path not in linears:
+            file.fail(f"there is no linear layer {shown(path)} in this model{nearest(path, linears)}")
         if not isinstance(entry, dict) or not set(entry) <= {"options", "part"}:
             file.fail(f"the entry of the layer {shown(path)} has other keys than options and part")
         chosen[path] = read_method(file, path, entry.get("options"))
-        parts[path] = read_part(file, path, entry.get("part", {}))
+        if "part" in entry:
+            parts[path] = read_part(file, path, entry["part"], chosen[path], linears[path].W.shape[0])
     try:
         check_plan(model, chosen)
     except InputError as error:
@@ -160,18 +185,23 @@ def read_method(file: TensorFile, path, options):
         kinds = {name: kind for name, (kind, _) in methods.options(file.metadata["method"]).items()}
         for name, value in options.items():
             if name in kinds and (isinstance(value, bool) or not isinstance(value, (kinds[name], int))):
-                file.fail(f"the option {name} of the layer {shown(path)} is {shown(str(value))}, no {kinds[name].__name__}")
+                file.fail(
+                    f"the option {name} of the layer {shown(path)} is of type {type(value).__name__}; "
+                    f"expected {kinds[name].__name__}"
+                )
         return methods.create(file.metadata["method"], **options)
     except (InputError, OverflowError) as error:
         raise error if isinstance(error, FormatError) else file.error(file.path, str(error)) from None
 
 
-def read_part(file: TensorFile, path, part):
-    """{name: slice} from {name: [start, stop]}."""
-    good = lambda rows: isinstance(rows, list) and len(rows) == 2 and all(type(n) is int and 0 <= n < 2**31 for n in rows)
-    if not isinstance(part, dict) or not all(map(good, part.values())):
-        file.fail(f"the part of the layer {shown(path)} is not a map of names to two integers")
-    return {name: slice(*rows) for name, rows in part.items()}
+def read_part(file: TensorFile, path, part, method, d_out):
+    """{name: slice} from {name: [start, stop]}: the rows of shared arrays that are the layer's ``d_out`` outputs."""
+    shared = array_shapes(method, "d_out", "d_in")[2]
+    rows = lambda at: isinstance(at, list) and len(at) == 2 and all(type(n) is int and 0 <= n < 2**31 for n in at)
+    good = lambda name, at: shared.get(name, ())[:1] == ("d_out",) and rows(at) and at[1] - at[0] == d_out
+    if not isinstance(part, dict) or not all(good(name, at) for name, at in part.items()):
+        file.fail(f"the part of the layer {shown(path)} is not {d_out} rows [start, stop] of a shared array")
+    return {name: slice(*at) for name, at in part.items()}
 
 
 def save_training(path, model: GPT, base_fingerprint: str, optimizer, history, rng, settings: dict) -> None:
@@ -219,46 +249,67 @@ def read_counts(file: TensorFile) -> list[int]:
 
 
 def described(file: TensorFile, key: str):
-    return parse_json(file.metadata[key].encode(), file.path, key, file.error)
+    return parse_json(file.metadata[key], file.path, key, file.error)
 
 
 def load_training(file: TensorFile, model: GPT, make_optimizer, history, rng):
     """Put the adapter, the optimizer's state, the history and ``rng`` back as they were; returns the optimizer.
 
     ``model`` is the base model; ``make_optimizer(trainable parameters)`` makes the optimizer as the run did.
-    Raises AdapterFormatError.
+    Raises AdapterFormatError, with all as it was.
     """
     chosen, parts = read_description(file, TRAINING, model)
-    steps, history.tokens_per_step, history.kept_bytes = read_counts(file)
+    steps, tokens_per_step, kept_bytes = read_counts(file)
     trained = sum(
         math.prod(shape)
         for path, method in chosen.items()
         for shape in array_shapes(method, *linear_layers(model)[path].W.shape)[0].values()
     )
-    optimizer_shapes = {f"optimizer.{name}": (1,) if name == "t" else (trained,) for name in ("m", "v", "t")}
-    others = put_adapter(model, chosen, parts, file, optimizer_shapes | {f"history.{name}": (steps,) for name in SERIES})
+    moments = {f"optimizer.{name}": (trained,) for name in ("m", "v")}
+    records = {"optimizer.t": (1,)} | {f"history.{name}": (steps,) for name in SERIES}
+    arrays = read_arrays(file, model, adapter_shapes(model, chosen, parts) | moments, records)
+    if arrays["optimizer.t"] != steps:
+        file.fail(f"is not the {steps} steps that were taken", "optimizer.t")
+    if (arrays["optimizer.v"] < 0.0).any():
+        file.fail("holds squares below 0", "optimizer.v")
+    restore_random(file, rng)
+    put_adapter(model, chosen, parts, arrays)
     optimizer = make_optimizer(model.trainable())
-    optimizer.restore({name: others[f"optimizer.{name}"] for name in optimizer.state()})
+    optimizer.restore({name: arrays[f"optimizer.{name}"] for name in optimizer.state()})
+    history.tokens_per_step, history.kept_bytes = tokens_per_step, kept_bytes
     for name in SERIES:
-        getattr(history, name)[:] = others[f"history.{name}"].tolist()
+        getattr(history, name)[:] = arrays[f"history.{name}"].tolist()
+    return optimizer
+
+
+def restore_random(file: TensorFile, rng) -> None:
+    """Put ``rng`` where it was; NumPy takes a state whole or not at all."""
     try:
         rng.bit_generator.state = described(file, "random")
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         file.fail(f"the state of the random generator cannot be used ({error!r})")
-    return optimizer
 
 
-def put_adapter(model: GPT, chosen: dict, parts: dict, file: TensorFile, others: dict | None = None) -> dict:
-    """Put the methods ``chosen`` into ``model`` with the arrays of ``file``; returns those of ``others`` {name: shape}.
+def read_arrays(file: TensorFile, model: GPT, shapes: dict, records: dict | None = None) -> dict:
+    """The arrays {name: shape} of ``file``, all that it has: ``shapes`` in the model's dtype, ``records`` in theirs.
 
-    The file is held to the shapes, and read, before the model changes or anything of it is allocated.
+    Nothing is read before the shapes are right. A number of a wider dtype may be too large for the model's.
     """
-    file.check(adapter_shapes(model, chosen, parts) | (others or {}))
-    arrays = file.read()
+    file.check(shapes | (records or {}))
+    arrays, dtype = file.read(), next(p for _, p in model.named_parameters()).dtype
+    for name in shapes:
+        with np.errstate(over="ignore"):
+            arrays[name] = arrays[name].astype(dtype, copy=False)
+        if not np.isfinite(arrays[name]).all():
+            file.fail(f"holds a number that is too large for {dtype}", name)
+    return arrays
+
+
+def put_adapter(model: GPT, chosen: dict, parts: dict, arrays: dict) -> None:
+    """Put the methods ``chosen`` into ``model`` with ``arrays``, which have the adapter_shapes()."""
     host(model, chosen, parts=parts)
     for name, p in adapter_arrays(model).items():
-        p.data = to_device(arrays[name].astype(p.dtype, copy=False), array_module(p.data))
-    return {name: arrays[name] for name in others or {}}
+        p.data = to_device(arrays[name], array_module(p.data))
 
 
 def adapter_shapes(model: GPT, chosen: dict, parts: dict) -> dict:

@@ -40,7 +40,7 @@ class Task:
     def __init__(self, base=None, device="cpu", selection=False):
         device_module(device)
         self.device, self.tokenizer = device, CharTokenizer()
-        self.load = lambda: load_base(base)
+        self.load = lambda: load_base(base, self.tokenizer.vocab_size)
         self.model = self.load().to(device)
         a, b, context = load_corpus("modern"), load_corpus("folio"), self.model.config.n_positions
         b = split_text(b.train) if selection else b

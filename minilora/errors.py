@@ -15,9 +15,9 @@ class FormatError(InputError):
     """A file breaks a rule: ``file`` and ``rule`` say which, ``tensor`` where in it, if anywhere."""
 
     def __init__(self, file, rule: str, tensor: str | None = None):
-        self.file, self.tensor, self.rule = str(file), tensor, rule
+        self.file, self.tensor, self.rule = str(file), tensor, printable(rule)
         where = "" if tensor is None else f"tensor {shown(tensor)}: "
-        super().__init__(f"{shown(str(file), 300)}: {where}{rule}")
+        super().__init__(f"{shown(str(file), 300)}: {where}{self.rule}")
 
 
 class AdapterFormatError(FormatError):
@@ -44,4 +44,19 @@ def nearest(name: str, names) -> str:
 
 def shown(text: str, most=80) -> str:
     """``text`` in quotes as a message may print it: from a file it may be long, or hold a terminal's control codes."""
-    return json.dumps(text if len(text) <= most else text[: most - 1] + "…", ensure_ascii=not text.isprintable())
+    start = text[: most + 1]
+    return f'"{printable(json.dumps(start, ensure_ascii=not start.isprintable())[1:-1], most)}"'
+
+
+def printable(text: str, most=360) -> str:
+    """``text`` without control codes, which are spelt out, and not longer than ``most``."""
+    start = text[: most + 1]
+    if not start.isprintable():
+        start = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in start)
+    return start if len(start) <= most else start[: most - 1] + "…"
+
+
+def shown_json(value, most=80) -> str:
+    """A value from a JSON file as a message may print it."""
+    text = json.dumps(value)
+    return text if len(text) <= most else text[: most - 1] + "…"

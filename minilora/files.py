@@ -23,35 +23,57 @@ except ImportError:  # Windows, where a file that is open cannot be removed: tha
 
 HEADER_BYTES, TENSORS = 1 << 20, 10_000  # caps on a file's header; GPT-2 XL has 580 tensors and needs 60 KB
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the dtypes that weights have
+MASK_BYTES = {"BOOL": 1, "U8": 1}  # and those that only a tensor which is not read may have
 DIGEST = "sha256"  # the metadata's key for the checksum
-LITTER = re.compile(r"\..+\.\d+\.tmp")
+LITTER = re.compile(r"\..+\.\d+\.minilora")
 
 
 def write_atomically(path, data: bytes) -> None:
     """Write ``data`` to ``path`` all or not at all, whenever the process or the machine stops.
 
     The bytes go to a temporary file in the same folder and to the disk, then that file is renamed over the target, and
-    the new name goes to the disk. Raises InputError where the disk does not take them; the old file is whole then.
+    the new name goes to the disk. Raises InputError where the disk does not take them; the old file, or the new one, is
+    whole then.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_together({path: data})
+
+
+def write_together(files: dict) -> None:
+    """write_atomically() for files {path: data} that belong together: none is renamed before all are on the disk."""
+    temporary = {path: Path(path).with_name(f".{Path(path).name}.{os.getpid()}.minilora") for path in files}
     try:
-        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
-        try:
-            lock(file)
-            rest = memoryview(data)
-            while rest:  # a write may take a part only
-                rest = rest[os.write(file, rest) :]
-            os.fsync(file)
-        finally:
-            os.close(file)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        with contextlib.ExitStack() as staged:
+            for path, data in files.items():
+                staged.callback(os.close, stage(temporary[path], data))
+            if os.name == "nt":  # where an open file cannot be renamed
+                staged.close()
+            for path in files:
+                os.replace(temporary[path], path)
+        for folder in {Path(path).parent for path in files}:
+            sync_folder(folder)
     except OSError as error:
         raise InputError(f'cannot write "{path}": {error.strerror or error}; no file there is half written') from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def stage(path, data: bytes) -> int:
+    """Write a file and put its bytes on the disk; the file, left open for its lock, by which sweep_litter() sees that
+    it is not litter."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+    file = os.open(path, flags, 0o666)
+    try:
+        lock(file)
+        rest = memoryview(data)
+        while rest:  # a write may take a part only
+            rest = rest[os.write(file, rest) :]
+        os.fsync(file)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
 
 
 def sync_folder(folder) -> None:
@@ -80,7 +102,7 @@ def sweep_litter(folder) -> None:
     for path in Path(folder).iterdir():
         if LITTER.fullmatch(path.name):
             with contextlib.suppress(OSError):
-                file = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+                file = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
                 try:
                     dead = lock(file)
                 finally:
@@ -92,7 +114,7 @@ def sweep_litter(folder) -> None:
 def writable_folder(path) -> Path:
     """``path`` as a folder that exists, can be written to and holds no litter. Raises InputError where it cannot."""
     folder = Path(path)
-    probe = folder / f".probe.{os.getpid()}.tmp"
+    probe = folder / f".probe.{os.getpid()}.minilora"
     try:
         new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +130,7 @@ def writable_folder(path) -> Path:
     return folder
 
 
-def parse_json(text: bytes, path, what: str, error=FormatError):
+def parse_json(text: bytes | str, path, what: str, error=FormatError):
     """The JSON in ``text`` as plain data. Raises ``error`` for text that is no strict JSON, and for a key twice."""
 
     def no_duplicates(pairs):
@@ -123,7 +145,10 @@ def parse_json(text: bytes, path, what: str, error=FormatError):
         raise error(path, f"the {what} holds {name}, which is not JSON")
 
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+    except FormatError:
+        raise
     except UnicodeDecodeError as problem:
         raise error(path, f"the {what} is not UTF-8 (byte {problem.start})") from None
     except json.JSONDecodeError as problem:
@@ -164,11 +189,12 @@ class TensorFile:
 
     ``metadata``: {str: str}; ``tensors``: {name: (dtype, shape, offset in the file)}. Raises ``error``, a FormatError,
     that names file, tensor and rule, for anything that the format or the caps above do not allow, before any array is
-    read: https://github.com/huggingface/safetensors, section "Format".
+    read: https://github.com/huggingface/safetensors, section "Format". ``unread``: a function of a name that is true
+    of tensors to pass over; they must lie in the file as the format says, and are not in ``tensors``.
     """
 
-    def __init__(self, path, what="a safetensors file", error=FormatError):
-        self.path, self.what, self.error = Path(path), what, error
+    def __init__(self, path, what="a safetensors file", error=FormatError, unread=lambda name: False):
+        self.path, self.what, self.error, self.unread = Path(path), what, error, unread
         try:
             with open_regular(path, what, error) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -182,6 +208,7 @@ class TensorFile:
         self.start = 8 + len(header)
         self.tensors = {name: self.check_entry(name, entry) for name, entry in entries.items()}
         self.check_layout(size - self.start)
+        self.tensors = {name: entry for name, entry in self.tensors.items() if not unread(name)}
 
     def fail(self, rule, tensor=None):
         raise self.error(self.path, rule, tensor)
@@ -209,16 +236,17 @@ class TensorFile:
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             self.fail("its entry has not exactly dtype, shape and data_offsets", name)
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-            known = ", ".join(ITEM_BYTES)
-            self.fail(f"its dtype is {shown(str(dtype))}; weights are one of {known}", name)
+        item_bytes = ITEM_BYTES | (MASK_BYTES if self.unread(name) else {})
+        if not isinstance(dtype, str) or dtype not in item_bytes:
+            found = shown(dtype) if isinstance(dtype, str) else f"no text but {type(dtype).__name__}"
+            self.fail(f"its dtype is {found}; weights are one of {', '.join(item_bytes)}", name)
         for what, numbers in (("shape", shape), ("data_offsets", offsets)):
             if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
                 self.fail(f"its {what} is not a list of integers of at least 0 and below 2⁶³", name)
         if len(shape) > 8 or 0 in shape or len(offsets) != 2:
             self.fail("its shape has more than 8 dimensions or one of 0, or data_offsets are not two", name)
         begin, end = offsets
-        if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+        if end - begin != math.prod(shape) * item_bytes[dtype]:
             self.fail(f"its {end - begin:,} bytes are not what {dtype}{shown_shape(shape)} takes", name)
         return dtype, tuple(shape), self.start + begin
 
@@ -230,14 +258,16 @@ class TensorFile:
             begin = self.tensors[name][2] - self.start
             if begin != position:
                 what = "leaves a hole behind" if begin > position else "overlaps"
-                self.fail(f"it begins at byte {begin:,} and {what} the tensor before it, which ends at {position:,}", name)
+                self.fail(
+                    f"it begins at byte {begin:,} and {what} the tensor before it, which ends at {position:,}", name
+                )
             position += self.nbytes(name)
         if position != size:
             self.fail(f"the tensors take {position:,} bytes, and the file has {size:,} for them")
 
     def nbytes(self, name) -> int:
         dtype, shape, _ = self.tensors[name]
-        return math.prod(shape) * ITEM_BYTES[dtype]
+        return math.prod(shape) * (ITEM_BYTES | MASK_BYTES)[dtype]
 
     def check(self, shapes: dict) -> None:
         """Hold the file to ``shapes`` {name: shape}: those tensors and no others. Nothing has been read by then."""
@@ -264,7 +294,7 @@ class TensorFile:
         for name, array in arrays.items():
             if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
                 self.fail("holds NaN or an infinity", name)
-        if self.metadata.get(DIGEST, digest(arrays, self.metadata)) != digest(arrays, self.metadata):
+        if DIGEST in self.metadata and self.metadata[DIGEST] != digest(arrays, self.metadata):
             self.fail("is damaged: its arrays and description have not the checksum that was written with them")
         return arrays
 
@@ -277,10 +307,15 @@ class TensorFile:
 
 def write_tensors(path, arrays: dict, metadata: dict) -> None:
     """Write arrays {name: ndarray} and text {key: text} as safetensors, with a checksum of both, all or not at all."""
+    write_atomically(path, tensor_bytes(arrays, metadata))
+
+
+def tensor_bytes(arrays: dict, metadata: dict) -> bytes:
+    """What write_tensors() writes."""
     from safetensors.numpy import save
 
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_atomically(path, save(arrays, metadata | {DIGEST: digest(arrays, metadata)}))
+    return save(arrays, metadata | {DIGEST: digest(arrays, metadata)})
 
 
 def digest(arrays: dict, metadata: dict) -> str:

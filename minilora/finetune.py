@@ -27,6 +27,9 @@ from .train import History, evaluate, train
 ADAPTER, CHECKPOINT, HISTORY = "adapter.safetensors", "checkpoint.safetensors", "history.json"
 
 
+NUMBERS = ("steps", "batch", "lr", "clip", "every", "warmup", "weight_decay")
+
+
 @dataclass(frozen=True)
 class Settings:
     """All that decides what a run comes to; its checkpoint holds them."""
@@ -47,6 +50,7 @@ class Settings:
     seed: int
     device: str
     workers: int
+    blas_threads: int
     micro_batches: int
     recompute: list
     every: int
@@ -62,6 +66,7 @@ class Settings:
             file.fail(f"there are settings that no run has: {sorted(found.keys() - {f.name for f in fields(cls)})}")
         try:
             methods.create(found["method"], **found["options"])
+            check_numbers(**{name: found[name] for name in NUMBERS})
         except InputError as error:
             file.fail(str(error))
         return cls(**found)
@@ -79,15 +84,15 @@ def finetune(
     input that cannot be used, such as a folder with an unfinished run, unless ``overwrite``; TrainingStopped at a loss
     that is not finite, with the last good state saved; Interrupted where a signal stopped it, between two steps.
     """
-    check_positive(steps=steps, batch=batch, lr=lr, every=every)
-    check_positive(zero_allowed=True, warmup=warmup)
+    check_numbers(steps=steps, batch=batch, lr=lr, clip=clip, every=every, warmup=warmup, weight_decay=weight_decay)
     settings = Settings(
         method=method.name, options=asdict(method), targets=targets if isinstance(targets, str) else list(targets),
         data=None if data is None else str(Path(data).resolve()), replace=replace,
         text_sha256=sha256(read_corpus(data, replace)), steps=steps,
         lr=learning_rate(method.name) if lr is None else lr, batch=batch, warmup=min(warmup, steps // 2),
         weight_decay=weight_decay, clip=clip, base=None if base is None else str(Path(base).resolve()), seed=seed,
-        device=device, workers=workers, micro_batches=micro_batches, recompute=list(recompute), every=every,
+        device=device, workers=workers, blas_threads=blas_threads(), micro_batches=micro_batches,
+        recompute=list(recompute), every=every,
     )  # fmt: skip
     return run(settings, Path(out), None, overwrite, progress, report)
 
@@ -104,9 +109,12 @@ def resume(out, workers=None, device=None, progress=None, report=print):
         raise AdapterFormatError(path, "there is no such checkpoint; a run's folder was expected")
     file, found = open_training(path)
     settings = Settings.read(file, found)
-    for name, asked in (("workers", workers), ("device", device)):
+    threads = blas_threads() if settings.workers == 1 else settings.blas_threads  # workers have one each
+    for name, asked in (("workers", workers), ("device", device), ("blas_threads", threads)):
         if asked not in (None, getattr(settings, name)):
-            report(f"The run began with {name} {getattr(settings, name)}: with {asked} it is the same but for rounding.")
+            report(
+                f"The run began with {name} {getattr(settings, name)}: with {asked} it is the same but for rounding."
+            )
             settings = Settings(**{**asdict(settings), name: asked})
     return run(settings, Path(out), file, False, progress, report)
 
@@ -116,7 +124,8 @@ def run(settings: Settings, folder: Path, file, overwrite, progress, report):
     corpus = read_corpus(settings.data, settings.replace)
     if sha256(corpus) != settings.text_sha256:
         raise InputError(f"the text {settings.data or 'that is shipped'} is not the one that this run began with")
-    model, tokenizer = load_base(settings.base), CharTokenizer()
+    tokenizer = CharTokenizer()
+    model = load_base(settings.base, tokenizer.vocab_size)
     model.recompute(*settings.recompute)
     context, rng, history = model.config.n_positions, np.random.default_rng(settings.seed), History()
     batches = random_batches(tokenizer.encode(corpus.train), settings.batch, context, rng)
@@ -124,9 +133,7 @@ def run(settings: Settings, folder: Path, file, overwrite, progress, report):
     prompt = PROMPT if settings.data is None else corpus.val[:32]
     write = lambda: write_sample(model, tokenizer, settings.seed, prompt)
     mark, method = fingerprint(model), methods.create(settings.method, **settings.options)
-    make_optimizer = lambda params: AdamW(
-        params, settings.lr, weight_decay=settings.weight_decay, clip=settings.clip
-    )
+    make_optimizer = lambda params: AdamW(params, settings.lr, weight_decay=settings.weight_decay, clip=settings.clip)
     plan(model, method, settings.targets)
     model.to(settings.device)
     writable_folder(folder)
@@ -154,7 +161,9 @@ def run(settings: Settings, folder: Path, file, overwrite, progress, report):
                 raise InputError(f"stopped after step {done}: {error}; {good}") from error
             saved = done
         if stopping:
-            raise Interrupted(f"stopped and saved after step {done} of {settings.steps}; to go on: {go_on(folder)}", signals[0])
+            raise Interrupted(
+                f"stopped and saved after step {done} of {settings.steps}; to go on: {go_on(folder)}", signals[0]
+            )
 
     with stop_signals() as signals:
         try:
@@ -178,6 +187,19 @@ def run(settings: Settings, folder: Path, file, overwrite, progress, report):
     return model
 
 
+def check_numbers(**numbers) -> None:
+    """Raise InputError for a setting that is out of range."""
+    may_be_zero = {name: numbers.pop(name) for name in ("warmup", "weight_decay")}
+    check_positive(**numbers)
+    check_positive(zero_allowed=True, **may_be_zero)
+
+
+def blas_threads() -> int:
+    from threadpoolctl import threadpool_info
+
+    return max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
+
+
 def read_corpus(data, replace):
     return load_corpus("folio") if data is None else split_text(read_text_file(data, replace))
 
@@ -195,7 +217,8 @@ def check_unfinished(folder: Path) -> None:
         steps = Settings.read(file, settings).steps
         if steps_taken(file) == steps:
             return
-        what = f'holds an unfinished run ("{settings["method"]}", step {steps_taken(file)} of {steps}): go on with {go_on(folder)}'
+        where = f'"{settings["method"]}", step {steps_taken(file)} of {steps}'
+        what = f"holds an unfinished run ({where}): go on with {go_on(folder)}"
     except AdapterFormatError as error:
         what = f"holds a checkpoint that cannot be read ({error.rule}): look at it"
     raise InputError(f'"{folder}" {what}; or choose another --out, or replace it with --overwrite')

@@ -3,9 +3,7 @@
 A model is changed in place, layer by layer, and every function here works for every method.
 """
 
-import re
 import zlib
-from dataclasses import replace
 
 import numpy as np
 
@@ -14,6 +12,7 @@ from .adapter import AdaptedLinear, Adapter, own_array
 from .backend import array_module
 from .errors import InputError, nearest
 from .nn import Linear, Module, Parameter
+from .targets import choose
 
 
 def adapt(
@@ -43,23 +42,9 @@ def plan(
     model: Module, method: Adapter, target_modules="all-linear", rank_pattern=None, alpha_pattern=None
 ) -> dict[str, Adapter]:
     """The method of each layer that adapt() would adapt, by path. Raises its errors, and changes nothing."""
-    chosen = dict.fromkeys(match_targets(list(linear_layers(model)), target_modules), method)
-    for option, pattern in (("r", rank_pattern), ("alpha", alpha_pattern)):
-        for key, value in (pattern or {}).items():
-            if not any(matches(key, path) for path in chosen):
-                raise InputError(f'{option}: the pattern "{key}" matches no adapted layer; there are {", ".join(chosen)}')
-        for path, own in chosen.items():
-            if value := next((v for key, v in (pattern or {}).items() if matches(key, path)), None):
-                chosen[path] = vary(own, option, value)
+    chosen = choose(list(linear_layers(model)), method, target_modules, rank_pattern, alpha_pattern)
     check_plan(model, chosen)
     return chosen
-
-
-def vary(method: Adapter, option: str, value) -> Adapter:
-    """``method`` with another ``option``. Raises InputError where it has none, or where layers share arrays."""
-    if not hasattr(method, option) or type(method).init_shared is not Adapter.init_shared:
-        raise InputError(f"{method.name}: its layers cannot have an {option} of their own")
-    return replace(method, **{option: value})
 
 
 def check_plan(model: Module, chosen: dict[str, Adapter]) -> None:
@@ -71,6 +56,9 @@ def check_plan(model: Module, chosen: dict[str, Adapter]) -> None:
         if path not in linears:
             raise InputError(f'adapt: there is no linear layer "{path}"{nearest(path, linears)}')
         method.check_layer(path, linears[path].W.shape)
+    first = next(iter(chosen.values()))
+    if type(first).init_shared is not Adapter.init_shared and any(method != first for method in chosen.values()):
+        raise InputError(f"adapt: with {first.name} the layers share arrays, so that all must have the same options")
 
 
 def host(model: Module, chosen: dict[str, Adapter], seed=0, parts=None) -> None:
@@ -102,38 +90,6 @@ def shared_shapes(model: Module, chosen, parts=None) -> list:
 def linear_layers(model: Module) -> dict[str, Linear]:
     """The plain linear layers by path."""
     return {path: m for path, m in model.named_modules() if isinstance(m, Linear)}
-
-
-def matches(pattern: str, path: str) -> bool:
-    """PEFT's rule for a key of a pattern: an expression for the path, or for the end of it behind a dot."""
-    try:
-        return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
-    except re.error as error:
-        raise InputError(f'the pattern "{pattern}" is not a regular expression: {error}') from error
-
-
-def match_targets(names: list[str], target_modules) -> list[str]:
-    """The ``names`` that ``target_modules`` selects, in their order; see adapt()."""
-    endings = sorted({n.rpartition(".")[2] for n in names})
-    if target_modules == "all-linear":
-        chosen = set(names)
-    elif isinstance(target_modules, str):
-        try:
-            chosen = {n for n in names if re.fullmatch(target_modules, n)}
-        except re.error as error:
-            raise InputError(f'target_modules: "{target_modules}" is not a regular expression: {error}') from error
-        if not chosen:
-            raise InputError(f'target_modules: the expression "{target_modules}" matches no path; there are {names}')
-    else:
-        chosen = set()
-        for target in target_modules:
-            hits = {n for n in names if n == target or n.endswith("." + target)}
-            if not hits:
-                raise InputError(f'target_modules: no linear layer is named "{target}"; there are {", ".join(endings)}')
-            chosen |= hits
-    if not chosen:
-        raise InputError(f"target_modules: nothing is selected; there are {', '.join(endings)}")
-    return [n for n in names if n in chosen]
 
 
 def parent_of(model: Module, path: str):

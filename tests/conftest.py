@@ -16,6 +16,8 @@ for library in ("OPENBLAS", "OMP", "MKL"):  # read when NumPy is first imported,
 def pytest_addoption(parser):
     help = "cpu: NumPy. standin: a stand-in for CuPy, as strict as CuPy, on a machine without a GPU"
     parser.addoption("--device", choices=["cpu", "standin"], default="cpu", help=help)
+    help = "how often tests/test_resume.py kills a training process"
+    parser.addoption("--kills", type=int, default=10, metavar="N", help=help)
 
 
 def standin_lane(config):
@@ -31,6 +33,12 @@ def pytest_configure(config):
     sys.path.insert(0, str(Path(__file__).parent))
     if lane := standin_lane(config):
         lane.install()
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Under ``-m quick``, leave out files without such a test: to collect thousands of others takes seconds."""
+    if config.option.markexpr == "quick" and collection_path.suffix == ".py":
+        return "mark.quick" not in collection_path.read_text(encoding="utf-8") or None
 
 
 def pytest_collection_modifyitems(config, items):

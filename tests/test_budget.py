@@ -16,7 +16,7 @@ def lines(*names):
     return sum(1 for name in names for line in (PACKAGE / name).read_text().splitlines() if line.strip())
 
 
-def test_the_reading_path_is_about_1250_lines():
+def test_the_reading_path_is_about_1280_lines():
     path = [
         "engine.py",
         "ops.py",
@@ -28,7 +28,7 @@ def test_the_reading_path_is_about_1250_lines():
         "optim.py",
         "train.py",
     ]
-    assert lines(*path) <= 1250
+    assert lines(*path) <= 1280
 
 
 def test_every_module_opens_with_why_it_exists():

@@ -2,31 +2,34 @@
 These tests exist because weights are hours of work: a half-written file or a silent mismatch would lose them.
 """
 
+import errno
 import gc
 import json
 import os
 import zipfile
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from minilora import checkpoint, methods
+from minilora import files, methods
+from minilora.backend import to_host
 from minilora.checkpoint import (
+    adapter_arrays,
+    adapter_shapes,
     fingerprint,
     load_adapter,
     load_model,
     save_adapter,
     save_model,
-    writable_folder,
-    write_atomically,
 )
 from minilora.engine import no_grad
-from minilora.errors import InputError
+from minilora.errors import AdapterFormatError, InputError
+from minilora.files import writable_folder, write_atomically, write_tensors
 from minilora.gpt import GPT, GPTConfig
 from minilora.optim import AdamW
-from minilora.surgery import adapt, adapted_layers, merge_and_unload
+from minilora.surgery import adapt, adapted_layers, host, merge_and_unload, plan
 from minilora.train import train
 
 TINY = GPTConfig(vocab_size=11, n_positions=8, n_embd=16, n_layer=2, n_head=2)
@@ -128,6 +131,13 @@ def spoil_model(**changes):
     return spoil
 
 
+def a_shape_without_numbers(path):
+    """An array of four terabytes, of which there is the header alone."""
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }".ljust(117) + b"\n"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("tokens.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -148,6 +158,10 @@ def an_npy_file(path):
         np.save(file, np.ones(3))
 
 
+def sized(**sizes) -> str:
+    return json.dumps({**asdict(TINY), **sizes})
+
+
 BAD_MODELS = {
     "missing": (lambda path: path.unlink(), "there is no model file"),
     "a directory": (lambda path: (path.unlink(), path.mkdir()), "is not a model file"),
@@ -163,6 +177,15 @@ BAD_MODELS = {
     "configuration is a list": (spoil_model(config="[1]"), "holds no model configuration"),
     "unknown size": (spoil_model(config='{"n_heads": 2}'), "holds no model configuration"),
     "impossible size": (spoil_model(config='{"n_head": 0}'), "n_head is 0"),
+    "configuration nested": (spoil_model(config="[" * 100_000), "holds no model configuration"),
+    "a billion layers": (spoil_model(config=sized(n_layer=10**9)), "too few for its configuration"),
+    "a width of a billion": (
+        spoil_model(config=sized(n_embd=10**9)),
+        r'"tokens" is \(11, 16\); its configuration says',
+    ),
+    "a billion positions": (spoil_model(config=sized(n_positions=10**9)), r'array "positions" is \(8, 16\)'),
+    "no tokens": (spoil_model(tokens=None), "too few for its configuration"),
+    "an array that no memory holds": (a_shape_without_numbers, "is not a model file"),
     "array missing": (spoil_model(blocks__1__q__W=None), 'there is no array "blocks.1.q.W"'),
     "array too many": (
         spoil_model(norm__gg=np.ones(3)),
@@ -219,7 +242,7 @@ def test_method_options_and_layers_come_back_too(tmp_path):
 def test_arrays_of_another_precision_take_the_models(tmp_path):
     model = trained("lora")
     save_adapter(tmp_path / "a", model, fingerprint(base()))
-    spoil_adapter(**{A: model.blocks[1].q.p.A.astype(np.float64)})(tmp_path / "a")
+    spoil_adapter(**{A: to_host(model.blocks[1].q.p.A).astype(np.float64)})(tmp_path / "a")
     loaded = load_adapter(tmp_path / "a", base())
     assert {p.dtype for _, p in loaded.named_parameters()} == {np.dtype(np.float32)}
     np.testing.assert_array_equal(logits(loaded), logits(model))
@@ -256,40 +279,49 @@ def spoil_adapter(metadata=None, **changes):
             arrays, notes = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
         arrays |= {name.replace("__", "."): a for name, a in changes.items()}
         notes = {k: v for k, v in (notes | (metadata or {})).items() if v is not None}
-        save_file({name: a for name, a in arrays.items() if a is not None}, path, notes)
+        write_tensors(path, {name: a for name, a in arrays.items() if a is not None}, notes)
 
     return spoil
 
 
+def entry(path="blocks.1.q", options='{"r": 2, "alpha": 16.0}'):
+    """The metadata ``layers`` of one layer."""
+    return {"layers": f'{{"{path}": {{"options": {options}}}}}'}
+
+
 A = "blocks__1__q__arrays__A"
 BAD_ADAPTERS = {
-    "missing": (lambda path: path.unlink(), "there is no adapter file"),
-    "a directory": (lambda path: (path.unlink(), path.mkdir()), "is not an adapter file"),
+    "missing": (lambda path: path.unlink(), "there is no such file; an adapter file was expected"),
+    "a directory": (lambda path: (path.unlink(), path.mkdir()), "is not an adapter file but a folder"),
     "garbage": (lambda path: path.write_bytes(b"no adapter at all"), "is not an adapter file"),
-    "empty": (lambda path: path.write_bytes(b""), "is not an adapter file"),
-    "truncated": (cut, "is not an adapter file"),
+    "empty": (lambda path: path.write_bytes(b""), "is not an adapter file: it has 0 bytes"),
+    "truncated": (cut, "is not an adapter file|the tensors take"),
     "a model": (lambda path: save_model(path, base()), "is not an adapter file"),
-    "foreign safetensors": (spoil_adapter({"format": "pt"}), "but not one that save_adapter"),
+    "foreign safetensors": (spoil_adapter({"format": "pt"}), 'of the format "pt"; expected "minilora adapter 2"'),
     "another base": (spoil_adapter({"base": fingerprint(base(seed=1))}), "was trained on another base model"),
-    "no base": (spoil_adapter({"base": None}), "adapter"),
-    "no options": (spoil_adapter({"options": None}), "adapter"),
-    "options are no JSON": (spoil_adapter({"options": "{"}), "adapter"),
-    "unknown method": (spoil_adapter({"method": "lorra"}), 'unknown method "lorra"'),
-    "unknown option": (spoil_adapter({"options": '{"rank": 2}'}), 'lora has no option "rank"'),
-    "unknown layer": (spoil_adapter({"layers": '["blocks.9.q"]'}), "blocks.9.q"),
-    "array missing": (spoil_adapter(**{A: None}), 'there is no array "blocks.1.q.arrays.A"'),
+    "no base": (spoil_adapter({"base": None}), 'lacks "base"'),
+    "no layers": (spoil_adapter({"layers": None}), 'lacks "layers"'),
+    "layers are no JSON": (spoil_adapter({"layers": "{"}), "the list of layers is not JSON"),
+    "no options": (spoil_adapter({"layers": '{"blocks.1.q": {}}'}), 'options of the layer "blocks.1.q" are not a map'),
+    "unknown method": (spoil_adapter({"method": "lorra"}), "unknown method"),
+    "unknown option": (spoil_adapter(entry(options='{"rank": 2}')), "lora has no option"),
+    "unknown layer": (spoil_adapter(entry(path="blocks.9.q")), 'no linear layer "blocks.9.q"'),
+    "array missing": (spoil_adapter(**{A: None}), 'tensor "blocks.1.q.arrays.A": is missing'),
     "array too many": (
         spoil_adapter(blocks__1__q__arrays__C=np.ones(3)),
-        'array "blocks.1.q.arrays.C" belongs to no parameter',
+        'tensor "blocks.1.q.arrays.C": belongs to nothing in this model',
     ),
     "array of another shape": (
         spoil_adapter(**{A: np.ones((3, 16), np.float32)}),
-        r'array "blocks.1.q.arrays.A" is float32\(3, 16\); expected float32\(2, 16\)',
+        r'tensor "blocks.1.q.arrays.A": is F32\(3, 16\); expected \(2, 16\)',
     ),
-    "array of integers": (spoil_adapter(**{A: np.ones((2, 16), int)}), r'array "blocks.1.q.arrays.A" is int64'),
+    "array of integers": (
+        spoil_adapter(**{A: np.ones((2, 16), int)}),
+        'tensor "blocks.1.q.arrays.A": its dtype is "I64"; weights are',
+    ),
     "base weight in it": (
         spoil_adapter(blocks__1__q__base__W=np.ones((16, 16), np.float32)),
-        'array "blocks.1.q.base.W" belongs to no parameter',
+        'tensor "blocks.1.q.base.W": belongs to nothing in this model',
     ),
 }
 
@@ -301,11 +333,24 @@ def test_a_bad_adapter_file_is_one_error_that_names_it_and_changes_nothing(tmp_p
     save_adapter(path, trained("lora"), fingerprint(model))
     spoil(path)
     before = state(model)
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(AdapterFormatError, match=message) as caught:
         load_adapter(path, model)
     assert_untouched(model, before)
-    if name not in ("unknown method", "unknown option", "unknown layer"):
-        assert str(path) in str(caught.value)
+    assert caught.value.file == str(path) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("ranks", [{}, {"rank_pattern": {"q": 3}, "alpha_pattern": {"up": 5.0}}])
+@pytest.mark.parametrize("name", methods.names())
+def test_the_shapes_that_a_file_is_held_to_are_those_of_the_arrays(name, ranks):
+    """They are found without the arrays, so that a file that lies about its rank gets nothing allocated."""
+    method = methods.create(name, **methods.known(name, r=2))
+    own = {} if name in ("full", "vera") else ranks
+    model = base()
+    chosen = plan(model, method, ["q", "up", "blocks.1.down"], **own)
+    parts = {"blocks.1.down": {"B": slice(60, 76)}} if name == "vera" and ranks else {}
+    promised = adapter_shapes(model, chosen, parts)
+    host(model, chosen, parts=parts)
+    assert promised == {name: p.shape for name, p in adapter_arrays(model).items()}
 
 
 def test_after_a_bad_file_the_good_one_still_loads(tmp_path):
@@ -331,7 +376,7 @@ def test_another_base_model_is_refused(tmp_path):
 
 
 def interrupted(*_):
-    raise OSError("disk full")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("save", [save_model, lambda path, model: save_adapter(path, trained("lora"), "0" * 64)])
@@ -341,7 +386,7 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path, monk
     save(path, base())
     old = path.read_bytes()
     monkeypatch.setattr(os, step, interrupted)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match=r'cannot write ".*weights": No space left on device; no file .* half written'):
         save(path, base(seed=1))
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
@@ -364,7 +409,7 @@ def test_the_target_is_never_open_half_written(tmp_path, monkeypatch):
         seen.append((target, source.parent, source.read_bytes(), path.read_bytes()))
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", watch)
+    monkeypatch.setattr(files.os, "replace", watch)
     write_atomically(path, b"new")
     assert seen == [(path, tmp_path, b"new", b"old")]
     assert path.read_bytes() == b"new"
@@ -386,7 +431,7 @@ def test_a_folder_at_or_below_a_file_is_one_clear_error(tmp_path, below):
 
 
 def test_a_folder_without_permission_is_one_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.Path, "touch", lambda self: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    monkeypatch.setattr(files.Path, "touch", lambda self: (_ for _ in ()).throw(PermissionError(13, "denied")))
     with pytest.raises(InputError, match=r"cannot write to the folder .*: denied"):
         writable_folder(tmp_path)
 

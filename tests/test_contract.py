@@ -255,6 +255,7 @@ def test_shape_comments_are_true_while_the_code_runs(name):
         _, saved = method.forward(x, W, p)
         method.backward(dy, Saved(saved), W, p)
         method.surrogate(x, W, p, p)
+        method.factors(W, p)
         method.merge(W, p)
         method.after_step(W, p)
     finally:
@@ -337,6 +338,25 @@ def test_forward_equals_the_merged_weight(name):
     np.testing.assert_allclose(y, x @ merged.T, rtol=1e-12, atol=1e-12)
     assert not np.allclose(merged, W)  # at a random point the method does something
     assert not any(np.shares_memory(merged, a) for a in [W, *p.values()])
+
+
+@pytest.mark.quick
+@every_method
+def test_the_factors_if_there_are_any_make_the_update(name):
+    method = create(name)
+    _, W, p, _, _ = point(method)
+    if (factors := method.factors(W, p)) is not None:
+        B, A = factors
+        np.testing.assert_allclose(W + B @ A, method.merge(W, p), rtol=1e-12, atol=1e-12)
+
+
+def test_the_methods_without_factors_are_those_whose_update_is_of_full_rank():
+    def rank(method):
+        _, W, p, _, _ = point(method)
+        return np.linalg.matrix_rank(method.merge(W, p) - W)
+
+    full = [name for name in METHODS if create(name).factors(*point(create(name))[1:3]) is None]
+    assert full == [name for name in METHODS if rank(create(name)) == min(point(create(name))[1].shape)]
 
 
 @pytest.mark.quick
@@ -511,6 +531,9 @@ def test_a_file_in_the_folder_is_a_method_everywhere(with_new_method, tmp_path, 
         main(["compare", "--base", base, "--methods", "scale", "lora", "--r", "2", "--steps", "2", "--out", out]) == 0
     )
     assert "| scale " in (tmp_path / "out" / "compare.md").read_text()
+    assert main(["train", "scale", "--base", base, "--steps", "2", "--lr", "0.1", "--out", out]) == 0
+    assert main(["train", "--resume", out]) == 0
+    assert main(["export", out, str(tmp_path / "merged"), "--form", "merged", "--base", base]) == 0
     assert main(["diff", "full", "scale"]) == 0
     assert "+ dc = Σ_N dy ∘ (x Wᵀ)" in capsys.readouterr().out
 
@@ -519,7 +542,7 @@ def test_a_file_in_the_folder_is_a_method_everywhere(with_new_method, tmp_path, 
 def test_no_file_outside_the_folder_names_a_method():
     package = source.path_of("lora").parents[1]
     for path in package.rglob("*.py"):
-        if path.parent.name == "methods":
+        if path.parent.name == "methods" or path.name == "peft.py":  # PEFT's own list: which of its kinds is which
             continue
         strings = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
         assert not strings & set(METHODS), f"{path.name} names {strings & set(METHODS)}"

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from minilora import GPT, AdamW, GPTConfig, InputError, Tensor, adapt, count_parameters, methods
+from minilora.backend import to_host
 from minilora.nn import Linear, Module
-from minilora.surgery import adapted_layers, match_targets
+from minilora.surgery import adapted_layers, host
+from minilora.targets import match_targets
 from minilora.train import training_step
 
 pytestmark = pytest.mark.quick
@@ -46,6 +48,38 @@ def test_a_name_matches_whole_parts_of_a_path_only():
     assert match_targets(["a.up", "a.warmup"], ["up"]) == ["a.up"]
 
 
+def ranks(model):
+    return {path: (layer.method.r, layer.method.alpha) for path, layer in adapted_layers(model).items()}
+
+
+def test_some_layers_may_have_a_rank_and_an_alpha_of_their_own():
+    """PEFT's rule: a key is an expression for a path or for its end behind a dot, and the first that fits counts."""
+    model = adapt(
+        tiny_model(), "lora", ["q", "up", "down"], verbose=False, r=2,
+        rank_pattern={"blocks.1.q": 5, "q": 3}, alpha_pattern={r"blocks\.0\..*": 4.0},
+    )  # fmt: skip
+    assert ranks(model) == {
+        "blocks.0.q": (3, 4.0), "blocks.0.up": (2, 4.0), "blocks.0.down": (2, 4.0),
+        "blocks.1.q": (5, 16.0), "blocks.1.up": (2, 16.0), "blocks.1.down": (2, 16.0),
+    }  # fmt: skip
+    assert model.blocks[1].q.p.A.shape == (5, 16)
+    assert training_step(model, AdamW(model.trainable(), lr=0.1), np.ones((1, 3), int), np.ones((1, 3), int))
+
+
+def test_a_part_of_a_shared_array_is_what_the_layer_sees():
+    """Where one wide layer was cut in two, the second half sees the later rows of B, and nothing is copied."""
+    model, d = tiny_model(), 16
+    method = methods.create("vera", r=3)
+    host(model, dict.fromkeys(["blocks.0.q", "blocks.0.k"], method), parts={"blocks.0.k": {"B": slice(d, 2 * d)}})
+    q, k = model.blocks[0].q, model.blocks[0].k
+    assert model.shared.B.shape == (2 * d, 3) and model.shared.A.shape == (3, d)
+    assert (to_host(q.p.B[:d]) == to_host(model.shared.B.data[:d])).all()
+    assert (to_host(k.p.B) == to_host(model.shared.B.data[d:])).all() and k.p.B.shape == (d, 3)
+    wide = np.concatenate([to_host(layer.method.scaled(layer.base.W.data, layer.p)) for layer in (q, k)])
+    assert wide.shape == (2 * d, 3)
+    assert "shared.B" in dict(model.named_parameters()) and not hasattr(k.arrays, "B")
+
+
 BAD = {
     "unknown method": (("lorra",), {}, r'unknown method "lorra" \(did you mean "lora"\?\)'),
     "unknown option": (("lora",), {"rank": 4}, r'lora has no option "rank".*r, alpha'),
@@ -66,6 +100,12 @@ BAD = {
     "alpha 0": (("lora",), {"alpha": 0.0}, "alpha is 0"),
     "alpha negative": (("lora",), {"alpha": -1}, "alpha is -1"),
     "alpha text": (("lora",), {"alpha": "16"}, "alpha is '16'"),
+    "pattern that matches nothing": (("lora",), {"rank_pattern": {"x": 2}}, r'r: the pattern "x" matches no adapted'),
+    "pattern that is broken": (("lora",), {"alpha_pattern": {"q(": 2.0}}, r'the pattern "q\(" is not a regular expres'),
+    "rank 0 by a pattern": (("lora",), {"rank_pattern": {"q": 0}}, "r is 0; the rank must be an integer"),
+    "rank of one layer above it": (("lora",), {"rank_pattern": {"1.q": 17}}, r"r=17 is larger than blocks.1.q allows"),
+    "pattern for shared arrays": (("vera",), {"rank_pattern": {"q": 2}}, "vera: its layers cannot have an r of their"),
+    "pattern without the option": (("full",), {"alpha_pattern": {"q": 2.0}}, "full: its layers cannot have an alpha"),
 }
 
 

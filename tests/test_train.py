@@ -345,7 +345,7 @@ def test_the_bar_counts_every_step_and_shows_loss_and_throughput(monkeypatch):
             seen.append(text)
 
     def make(*args):
-        assert args == (2, "a line", None)
+        assert args == (2, "a line", None, 0)
         return Bar()
 
     monkeypatch.setattr(module, "progress_bar", make)

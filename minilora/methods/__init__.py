@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 
 from ..adapter import Adapter
-from ..errors import InputError, nearest
+from ..errors import InputError, nearest, shown
 
 
 def names() -> list[str]:
@@ -19,7 +19,7 @@ def names() -> list[str]:
 def get(name: str) -> type:
     """The Adapter class of the method ``name``. Raises InputError with the nearest name for an unknown one."""
     if name not in names():
-        raise InputError(f'unknown method "{name}"{nearest(name, names())}; there are {", ".join(names())}')
+        raise InputError(f"unknown method {shown(name)}{nearest(name, names())}; there are {', '.join(names())}")
     module = importlib.import_module(f"{__name__}.{name}")
     found = [
         c
@@ -36,17 +36,17 @@ def options(name: str) -> dict:
     return {f.name: (f.type, f.default) for f in dataclasses.fields(get(name))}
 
 
-def create(name: str, **values):
+def create(name: str, /, **values):
     """The method ``name`` with these hyper-parameters. Raises InputError for one that it does not have."""
     known = options(name)
     for key in values:
         if key not in known:
             have = ", ".join(known) or "none"
-            raise InputError(f'{name} has no option "{key}"{nearest(key, known)}; its options: {have}')
+            raise InputError(f"{name} has no option {shown(key)}{nearest(key, known)}; its options: {have}")
     return get(name)(**values)
 
 
-def known(name: str, **values) -> dict:
+def known(name: str, /, **values) -> dict:
     """Those of ``values`` that the method ``name`` has as hyper-parameters."""
     have = options(name)
     return {key: value for key, value in values.items() if key in have}

@@ -61,7 +61,8 @@ class LoRA(Adapter):
         return dx, {"A": dA, "B": dB}
 
     def factors(self, W, p):
-        return self.scaling * p.B, p.A  # (d_out, r), (r, d_in)
+        sB = self.scaling * p.B  # (d_out, r)
+        return sB, p.A
 
     def merge(self, W, p):
         return W + (self.scaling * p.B) @ p.A  # (d_out, d_in)

@@ -73,7 +73,8 @@ class VeRA(Adapter):
         return p.b[:, None] * p.B[: W.shape[0]] * p.d  # (d_out, r)
 
     def factors(self, W, p):
-        return self.scaled(W, p), p.A[:, : W.shape[1]]  # (d_out, r), (r, d_in)
+        A = p.A[:, : W.shape[1]]  # (r, d_in)
+        return self.scaled(W, p), A
 
     def merge(self, W, p):
         return W + self.scaled(W, p) @ p.A[:, : W.shape[1]]  # (d_out, d_in)
