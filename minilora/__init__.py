@@ -8,12 +8,15 @@ minilora.train(model, optimizer, batches, steps=200)
 
 from . import elementary, methods, ops  # elementary gives Tensor its operators
 from .adapter import Adapter
+from .adapters import Adapters
 from .checkpoint import pretrained
 from .engine import Tensor, backward, no_grad
 from .errors import InputError, TrainingStopped
 from .gpt import GPT, GPTConfig
+from .gpt2 import load_gpt2, save_gpt2
 from .ledger import kept_bytes, ledger
 from .optim import SGD, AdamW
+from .peft import load_peft, save_peft
 from .surgery import adapt, count_parameters, merge, merge_and_unload, unload, unmerge
 from .train import evaluate, train
 
@@ -24,6 +27,7 @@ __all__ = [
     "SGD",
     "AdamW",
     "Adapter",
+    "Adapters",
     "GPTConfig",
     "InputError",
     "Tensor",
@@ -35,12 +39,16 @@ __all__ = [
     "evaluate",
     "kept_bytes",
     "ledger",
+    "load_gpt2",
+    "load_peft",
     "merge",
     "merge_and_unload",
     "methods",
     "no_grad",
     "ops",
     "pretrained",
+    "save_gpt2",
+    "save_peft",
     "train",
     "unload",
     "unmerge",

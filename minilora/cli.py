@@ -88,7 +88,7 @@ def build_parser(argv) -> argparse.ArgumentParser:
         for action in p._actions:
             action.default = argparse.SUPPRESS
 
-    from . import sweep
+    from . import peft, sweep
     from .compare import PROMPT
 
     p = command(
@@ -103,12 +103,26 @@ def build_parser(argv) -> argparse.ArgumentParser:
     worker_flag(p, "1: dropout, and so the model, depends on it")
 
     p = command("generate", run_generate, "Write text with the base model, or with an adapter that train saved.")
-    p.add_argument("--adapter", metavar="DIR", help="folder of a train run")
+    p.add_argument("--adapter", metavar="DIR", help="folder of a train run, or of PEFT")
     p.add_argument("--prompt", default=PROMPT, help="text to go on from")
     p.add_argument("--tokens", type=int, default=400, help="characters to write")
     p.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
     p.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest characters only")
     common(p)
+
+    p = command("export", run_export, "Write a run's adapter for PEFT, or its merged model for transformers.")
+    p.add_argument("adapter", metavar="RUN", help="folder of a train run")
+    p.add_argument("folder", metavar="DIR", help="folder to write")
+    p.add_argument("--form", default="adapter", choices=peft.FORMS,
+                   help="the method's own kind, LoRA in any case, or the whole model, merged")  # fmt: skip
+    p.add_argument("--names", default="gpt2", choices=peft.NAMES, help="of modules, as in transformers or as here")
+    p.add_argument("--with-base", action="store_true", help="write the base model too, for transformers: DIR/base")
+    base_flag(p)
+
+    p = command("import", run_import, "Read an adapter that PEFT wrote; save it as train does.")
+    p.add_argument("adapter", metavar="DIR", help="folder with adapter_config.json and adapter_model.safetensors")
+    p.add_argument("--out", required=True, metavar="RUN", help="folder for adapter.safetensors")
+    base_flag(p)
 
     p = command("methods", run_methods, "List the methods: what each trains, keeps and costs.")
     p.add_argument("--json", action="store_true", help="print JSON")
@@ -132,13 +146,23 @@ def build_parser(argv) -> argparse.ArgumentParser:
 
     p = command("check", run_check, "Check hand-written gradients against finite differences and the complex step.")
     p.add_argument("methods", nargs="*", metavar="METHOD", help="methods to check; all and the operations by default")
+    p.add_argument("--file", metavar="FILE", help="a method file to grade line by line: an exercise, or your own")
     p.add_argument("--json", action="store_true", help="print JSON")
     p.add_argument("--verbose", "-v", action="store_true", help="show every array of every check, not only failures")
+
+    p = command("exercise", run_exercise, "Write a method's file without its backward, for you to fill in.")
+    p.add_argument("method", metavar="METHOD", help="one of those with a backward of their own")
+    p.add_argument("--out", metavar="FILE", help="the file to write; METHOD_exercise.py by default")
     return parser
 
 
+def base_flag(p):
+    help = "a model file from pretrain, or a folder of transformers' GPT-2; the shipped one by default"
+    p.add_argument("--base", metavar="FILE", help=help)
+
+
 def common(p):
-    p.add_argument("--base", metavar="FILE", help="a model file from pretrain; the shipped one by default")
+    base_flag(p)
     p.add_argument("--seed", type=int, default=0, help="of every random draw")
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute")
 
@@ -185,7 +209,8 @@ def run_train(args):
                 f"--resume goes on with the run's own settings; leave out {', '.join(given)}, "
                 "or begin another run with another --out"
             )
-        return resume(args.resume, vars(args).get("workers"), vars(args).get("device"))
+        resume(args.resume, vars(args).get("workers"), vars(args).get("device"))
+        return
     if args.method is None:
         raise InputError(f"name a method, one of {', '.join(methods.names())}; or --resume DIR")
     methods.get(args.method)
@@ -217,17 +242,74 @@ def run_pretrain(args):
 def run_generate(args):
     import numpy as np
 
-    from .checkpoint import load_adapter, load_base
+    from .checkpoint import load_base
     from .data import CharTokenizer
 
     tokenizer = CharTokenizer()
     ids = tokenizer.encode(args.prompt)[None]
-    model = load_base(args.base)
+    model = load_base(args.base, tokenizer.vocab_size)
     if args.adapter is not None:
-        load_adapter(f"{args.adapter}/adapter.safetensors", model)
+        load_folder(args.adapter, model)
     rng = np.random.default_rng(args.seed)
     text = model.to(args.device).generate(ids, args.tokens, args.temperature, args.top_k, rng)[0]
     print(args.prompt + tokenizer.decode(text))
+
+
+def load_folder(folder, model):
+    """The adapter of a train run's folder, or of PEFT's."""
+    from pathlib import Path
+
+    from .checkpoint import load_adapter
+    from .finetune import ADAPTER
+    from .peft import CONFIG, load_peft
+
+    own, theirs = Path(folder) / ADAPTER, Path(folder) / CONFIG
+    if theirs.exists() and not own.exists():
+        load_peft(folder, model)
+    else:
+        load_adapter(own, model)
+
+
+def run_export(args):
+    from .checkpoint import load_base
+    from .gpt2 import save_gpt2
+    from .peft import save_peft
+    from .surgery import unload
+
+    model, base = load_base(args.base), f"{args.folder}/base" if args.with_base else None
+    load_folder(args.adapter, model)
+    config = save_peft(args.folder, model, args.form, args.names, base)
+    if args.with_base:
+        save_gpt2(base, unload(model))
+    base = base or "BASE"
+    if args.form == "merged":
+        print(f"Written: {args.folder}, a GPT-2 for transformers without any adapter. To load it:")
+        print(f'  transformers.GPT2LMHeadModel.from_pretrained("{args.folder}")')
+        return
+    flags = [name for name in ("use_rslora", "use_dora") if config.get(name)]
+    print(f"Written: {args.folder}, {' with '.join([config['peft_type'], *flags])}, r = {config['r']}. To load it:")
+    if args.names == "gpt2":
+        print(f'  model = transformers.GPT2LMHeadModel.from_pretrained("{base}")')
+    else:
+        print("  model = a torch model with modules named as here, and the base model's weights")
+    print(f'  model = peft.PeftModel.from_pretrained(model, "{args.folder}")')
+    if args.names == "gpt2" and not args.with_base:
+        print("BASE is the base model as transformers has it; --with-base writes it too.")
+
+
+def run_import(args):
+    from .checkpoint import fingerprint, load_base, save_adapter
+    from .files import writable_folder
+    from .finetune import ADAPTER
+    from .peft import load_peft
+    from .surgery import adapted_layers
+
+    model = load_base(args.base)
+    mark = fingerprint(model)
+    layers = adapted_layers(load_peft(args.adapter, model))
+    path = writable_folder(args.out) / ADAPTER
+    save_adapter(path, model, mark)
+    print(f"Written: {path}, {next(iter(layers.values())).method.name} in {len(layers)} layers")
 
 
 def run_methods(args):
@@ -284,6 +366,8 @@ def run_devices(args):
 def run_check(args):
     from .gradcheck import check_methods, check_operations
 
+    if args.file is not None:
+        return run_grade(args)
     reports = [] if args.methods else check_operations()
     reports += check_methods(args.methods or None)
     if args.json:
@@ -294,3 +378,21 @@ def run_check(args):
     failed = sum(not report for report in reports)
     print(f"\n{len(reports) - failed} checks passed, {failed} failed")
     return int(failed > 0)
+
+
+def run_grade(args):
+    from .exercises import grade
+
+    if args.methods:
+        raise InputError("check: name methods, or one file with --file")
+    grades = grade(args.file)
+    print(json.dumps(grades.dict(), indent=1) if args.json else grades)
+    return int(not grades)
+
+
+def run_exercise(args):
+    from .exercises import write_exercise
+
+    path = write_exercise(args.method, args.out)
+    print(f"Written: {path}. Write its backward, after the equations in its first lines, and see how far you are:")
+    print(f"minilora check --file {path}")

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pages
 import pytest
 
 from minilora import adapt, methods
@@ -20,7 +21,7 @@ from minilora.surgery import adapted_layers
 pytestmark = pytest.mark.quick
 
 METHODS = methods.names()
-PAGE = (Path(__file__).parents[1] / "docs" / "conventions.md").read_text(encoding="utf-8")
+PAGE = pages.read("conventions.md")
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
@@ -258,19 +259,13 @@ def test_float32_merge_error(row):
 
 # -------------------------------------------------------------------------------------------------- the code blocks
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```$(?:\s*^```text\n(.*?)^```$)?", PAGE, re.MULTILINE | re.DOTALL)
+BLOCKS = pages.blocks(PAGE)
 
 
 def test_code_blocks_print_what_the_page_says():
     """All blocks, top to bottom in one namespace, each printing exactly the text block below it."""
-    assert len(BLOCKS) == PAGE.count("```python") >= 5
-    assert PAGE.count("```text") == sum(bool(expected) for _, expected in BLOCKS)
-    namespace = {}
-    for code, expected in BLOCKS:
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(code, "docs/conventions.md", "exec"), namespace)
-        assert printed.getvalue() == expected, code
+    assert len(BLOCKS) >= 5
+    pages.run(PAGE, "docs/conventions.md")
 
 
 def test_each_other_dora_differs_and_the_same_one_does_not():
