@@ -1,0 +1,43 @@
+"""Every figure of the project, in one style: colour-blind safe, readable at half size, on white for dark pages too.
+
+matplotlib is imported here alone, and only when a figure is drawn. Each function returns a matplotlib Figure.
+"""
+
+from .drawing import graph
+from .lessons import (
+    attention,
+    bars,
+    gradient_report,
+    heat_map,
+    lines,
+    loss_curves,
+    scatter,
+    singular_values,
+    stacked_bars,
+)
+from .runs import comparison, sweep
+from .style import COLOURS, DASHES, MARKERS, STYLE, Shown, look, new_figure, png, show
+
+__all__ = [
+    "COLOURS",
+    "DASHES",
+    "MARKERS",
+    "STYLE",
+    "Shown",
+    "attention",
+    "bars",
+    "comparison",
+    "gradient_report",
+    "graph",
+    "heat_map",
+    "lines",
+    "look",
+    "loss_curves",
+    "new_figure",
+    "png",
+    "scatter",
+    "show",
+    "singular_values",
+    "stacked_bars",
+    "sweep",
+]
