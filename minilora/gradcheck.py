@@ -207,15 +207,20 @@ def check_method(method, N=5, d_in=7, d_out=6, at_init=False, seed=0, complex_st
             f"{method.name}: backward returns gradients for {sorted(grads)}, trainable are {sorted(names)}"
         )
     arrays = {"x": x, **{name: p[name] for name in names}}
-
-    def loss(x, **trained):  # the loss whose gradient with respect to y is dy
-        at = Saved((k, v.astype(x.dtype)) for k, v in p.items())
-        return (method.surrogate(x, W.astype(x.dtype), Saved(at | trained), at) * dy).sum()
-
     point = "initial point" if at_init else "random point"
     title = f"{method.name}  x ({N}, {d_in}), W ({d_out}, {d_in}), {point}"
     holomorphic = getattr(method, "holomorphic", True) if complex_step is None else complex_step
-    return gradcheck(loss, {"x": dx, **grads}, arrays, title, holomorphic, seed)
+    return gradcheck(method_loss(method, W, p, dy), {"x": dx, **grads}, arrays, title, holomorphic, seed)
+
+
+def method_loss(method, W, p, dy):
+    """The loss, a function of x and of trained arrays by name, whose gradient with respect to y is ``dy``."""
+
+    def loss(x, **trained):
+        at = Saved((k, v.astype(x.dtype)) for k, v in p.items())
+        return (method.surrogate(x, W.astype(x.dtype), Saved(at | trained), at) * dy).sum()
+
+    return loss
 
 
 def method_point(method, N, d_in, d_out, at_init, seed):

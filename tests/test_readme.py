@@ -34,6 +34,21 @@ def test_the_python_example_runs(capsys):
     assert after < before
 
 
+def test_each_notebook_has_a_row_with_its_title_and_a_badge_that_leads_to_it():
+    table = re.search(r"<!-- notebooks -->\n(.*)\n<!-- /notebooks -->", README, re.DOTALL)[1].splitlines()[2:]
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    assert len(table) == len(notebooks) == 12
+    for row, path in zip(table, notebooks, strict=True):
+        title = re.search(r"^# # (.*)$", path.with_suffix(".py").read_text(), re.MULTILINE)[1]
+        assert f"[{title}](notebooks/{path.name})" in row
+        assert f"colab.research.google.com/github/minilora/minilora/blob/main/notebooks/{path.name})" in row
+
+
+def test_the_demo_is_twelve_lines():
+    block = re.search(r"```python\n(import numpy.*?)```", README, re.DOTALL)[1]
+    assert len([line for line in block.splitlines() if line.strip()]) <= 12
+
+
 def test_links_lead_to_files():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert len(links) > 10
