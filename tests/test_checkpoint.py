@@ -12,6 +12,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 from safetensors import safe_open
+from untouched import assert_untouched, state
 
 from minilora import files, methods
 from minilora.backend import to_host
@@ -53,19 +54,6 @@ def trained(name, steps=3) -> GPT:
 def logits(model):
     with no_grad():
         return model(IDS).data
-
-
-def state(model):
-    """Everything that a failed load could have changed."""
-    return {name: (p.requires_grad, p.data.copy()) for name, p in model.named_parameters()}
-
-
-def assert_untouched(model, before):
-    after = state(model)
-    assert list(after) == list(before)
-    for name, (requires_grad, array) in before.items():
-        assert after[name][0] == requires_grad
-        np.testing.assert_array_equal(after[name][1], array)
 
 
 # -------------------------------------------------------------------------------- models

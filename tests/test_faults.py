@@ -4,13 +4,13 @@ These tests exist because a full disk is the commonest end of a long run, and co
 """
 
 import errno
-import json
 import os
 
 import pytest
+from runs import assert_same, make_inputs, state_of
 
-from minilora import GPT, GPTConfig, files, finetune, methods
-from minilora.checkpoint import open_training, save_model, steps_taken
+from minilora import files, finetune, methods
+from minilora.checkpoint import open_training, steps_taken
 from minilora.errors import InputError
 from minilora.files import TensorFile
 
@@ -45,11 +45,7 @@ class Disk:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """(base, text): a random tiny model and a short text, in files."""
-    folder = tmp_path_factory.mktemp("inputs")
-    save_model(folder / "tiny.npz", GPT(GPTConfig(n_positions=8, n_embd=8, n_layer=1, n_head=2)))
-    (folder / "text.txt").write_text("the cat sat on the mat. " * 20)
-    return folder / "tiny.npz", folder / "text.txt"
+    return make_inputs(tmp_path_factory.mktemp("inputs"), width=8)
 
 
 @pytest.fixture(autouse=True)
@@ -74,18 +70,6 @@ def on(disk, monkeypatch, run):
         return run()
 
 
-def state(folder):
-    """All that a finished run has written and that does not tell the time."""
-    checkpoint, settings = open_training(folder / finetune.CHECKPOINT)
-    arrays = {name: array.tobytes() for name, array in checkpoint.read().items() if name != "history.seconds"}
-    record = json.loads((folder / finetune.HISTORY).read_text())
-    del record["seconds"]
-    notes = checkpoint.metadata["random"], steps_taken(checkpoint), settings
-    adapter = TensorFile(folder / finetune.ADAPTER)
-    adapted = {name: array.tobytes() for name, array in adapter.read().items()}
-    return adapter.metadata, adapted, arrays, notes, record
-
-
 @pytest.fixture(scope="module")
 def undisturbed(inputs, tmp_path_factory):
     """By method, (the state after a run that nothing disturbed, the calls that it made of the disk)."""
@@ -96,7 +80,7 @@ def undisturbed(inputs, tmp_path_factory):
             folder, disk = tmp_path_factory.mktemp("undisturbed"), Disk()
             with pytest.MonkeyPatch.context() as patch:
                 on(disk, patch, lambda: start(name, inputs, folder))
-            found[name] = state(folder), disk.calls
+            found[name] = state_of(folder), disk.calls
         return found[name]
 
     return run
@@ -155,7 +139,7 @@ def test_a_run_goes_on_to_the_bit_after_a_fault_at_any_call(
         TensorFile(written).read()
 
     go_on(name, inputs, tmp_path, monkeypatch)
-    assert state(tmp_path) == expected
+    assert_same(state_of(tmp_path), expected)
     assert litter(tmp_path) == []
 
 
@@ -164,7 +148,7 @@ def test_a_disk_that_takes_a_part_at_a_time_changes_nothing(short, inputs, undis
     expected, calls = undisturbed("lora")
     disk = Disk(short=short)
     on(disk, monkeypatch, lambda: start("lora", inputs, tmp_path))
-    assert state(tmp_path) == expected
+    assert_same(state_of(tmp_path), expected)
     assert len(disk.calls) > len(calls)
 
 
@@ -187,7 +171,7 @@ def test_a_disk_that_is_full_after_a_part(save, inputs, undisturbed, tmp_path, m
         on(disk, monkeypatch, lambda: start("lora", inputs, tmp_path))
     assert disk.calls[-1] == "write" and litter(tmp_path) == []
     go_on("lora", inputs, tmp_path, monkeypatch)
-    assert state(tmp_path) == expected
+    assert_same(state_of(tmp_path), expected)
 
 
 def test_a_fault_while_a_run_goes_on(inputs, undisturbed, tmp_path, monkeypatch):
@@ -200,4 +184,4 @@ def test_a_fault_while_a_run_goes_on(inputs, undisturbed, tmp_path, monkeypatch)
         go_on("lora", inputs, tmp_path, monkeypatch, disk)
     assert "write" in disk.calls and litter(tmp_path) == []
     go_on("lora", inputs, tmp_path, monkeypatch)
-    assert state(tmp_path) == expected
+    assert_same(state_of(tmp_path), expected)

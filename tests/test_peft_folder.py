@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from untouched import assert_untouched, state
 
 from minilora import files, methods
 from minilora.checkpoint import fingerprint, load_adapter, load_base, save_adapter, save_model
@@ -61,19 +62,6 @@ def logits(model):
 def assert_same_function(one, other, tolerance=1e-6):
     one, other = logits(one), logits(other)
     assert np.abs(one - other).max() <= tolerance * np.abs(other).max()
-
-
-def state(model):
-    """Everything that a failed load, or a save, could have changed."""
-    return {name: (p.requires_grad, p.data.copy()) for name, p in model.named_parameters()}
-
-
-def assert_untouched(model, before):
-    after = state(model)
-    assert list(after) == list(before)
-    for name, (requires_grad, array) in before.items():
-        assert after[name][0] == requires_grad
-        np.testing.assert_array_equal(after[name][1], array)
 
 
 def tensors_of(folder):

@@ -15,8 +15,9 @@ import warnings
 
 import numpy as np
 import pytest
+from runs import assert_same, make_inputs, state_of
 
-from minilora import GPT, GPTConfig, files, finetune, methods
+from minilora import GPT, files, finetune, methods
 from minilora.checkpoint import load_adapter, load_model, open_training, save_model, steps_taken
 from minilora.cli import main
 from minilora.errors import AdapterFormatError, InputError, Interrupted, TrainingStopped
@@ -28,11 +29,7 @@ every_method = pytest.mark.parametrize("name", methods.names())
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """(base, text): a random tiny model and a short text, in files."""
-    folder = tmp_path_factory.mktemp("inputs")
-    save_model(folder / "tiny.npz", GPT(GPTConfig(n_positions=16, n_embd=16, n_layer=1, n_head=2)))
-    (folder / "text.txt").write_text("the cat sat on the mat. " * 30)
-    return folder / "tiny.npz", folder / "text.txt"
+    return make_inputs(tmp_path_factory.mktemp("inputs"), width=16)
 
 
 @pytest.fixture(autouse=True)
@@ -55,26 +52,6 @@ def start(name, inputs, out, **options):
 
 def go_on(out, **options):
     return finetune.resume(out, progress=False, report=lambda *_: None, **options)
-
-
-def state_of(folder):
-    """All that a finished run leaves, but for how long its steps took."""
-    found = {}
-    for name in (finetune.ADAPTER, finetune.CHECKPOINT):
-        file = TensorFile(folder / name)
-        found |= {f"{name} {k}": a for k, a in file.read().items() if k != "history.seconds"}
-        found |= {f"{name} {k}": v for k, v in file.metadata.items() if k != files.DIGEST}
-    record = json.loads((folder / finetune.HISTORY).read_text())
-    return found | {f"history {k}": v for k, v in record.items() if k != "seconds"}
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        if isinstance(value, np.ndarray):
-            assert value.dtype == other[key].dtype and value.tobytes() == other[key].tobytes(), key
-        else:
-            assert value == other[key], key
 
 
 @pytest.fixture(scope="module")

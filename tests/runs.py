@@ -1,0 +1,37 @@
+"""What a run of ``minilora train`` starts from and leaves, for tests that interrupt one and compare."""
+
+import json
+
+import numpy as np
+
+from minilora import GPT, GPTConfig, files, finetune
+from minilora.checkpoint import save_model
+from minilora.files import TensorFile
+
+
+def make_inputs(folder, width):
+    """(base, text): a random tiny model and a short text, in files."""
+    save_model(folder / "tiny.npz", GPT(GPTConfig(n_positions=width, n_embd=width, n_layer=1, n_head=2)))
+    (folder / "text.txt").write_text("the cat sat on the mat. " * 30)
+    return folder / "tiny.npz", folder / "text.txt"
+
+
+def state_of(folder):
+    """All that a finished run leaves, but for how long its steps took."""
+    found = {}
+    for name in (finetune.ADAPTER, finetune.CHECKPOINT):
+        file = TensorFile(folder / name)
+        found |= {f"{name} {k}": a for k, a in file.read().items() if k != "history.seconds"}
+        found |= {f"{name} {k}": v for k, v in file.metadata.items() if k != files.DIGEST}
+    record = json.loads((folder / finetune.HISTORY).read_text())
+    return found | {f"history {k}": v for k, v in record.items() if k != "seconds"}
+
+
+def assert_same(one, other):
+    """The same names with the same values, to the bit."""
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        if isinstance(value, np.ndarray):
+            assert value.dtype == other[key].dtype and value.tobytes() == other[key].tobytes(), key
+        else:
+            assert value == other[key], key
