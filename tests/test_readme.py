@@ -1,6 +1,7 @@
 """README.md says what is true: its code runs, its table is the registry's, its figures are the model's."""
 
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +84,24 @@ def test_what_freezing_does_to_a_da_is_true():
 
     assert check_method(Wrong(r=3), at_init=True) and not check_method(Wrong(r=3))
     assert np.isfinite(check_method(Wrong(r=3)).worst_error)
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def command_lines():
+    """Each ``minilora …`` in a shell block of README or docs, with the page that shows it."""
+    for page in PAGES:
+        if {"_build", "notebooks"} & set(page.parts):
+            continue
+        for block in re.findall(r"```(?:sh|bash)\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in re.findall(r"(?:^|&& |\.venv/bin/)(minilora .*?)(?=$| &&)", block, re.MULTILINE):
+                yield pytest.param(line, id=f"{page.name}: {line}"[:80])
+
+
+@pytest.mark.parametrize("line", list(command_lines()))
+def test_a_command_line_on_a_page_is_one_that_the_program_takes(line):
+    from minilora.cli import build_parser
+
+    argv = shlex.split(line, comments=True)[1:]
+    build_parser(argv).parse_args(argv)  # exits with a message where it does not
