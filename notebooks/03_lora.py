@@ -76,6 +76,22 @@ print(f"held-out loss {before:.3f} → {minilora.evaluate(model, held_out):.3f} 
 # %%
 layers = adapted_layers(model)
 changes = {path: layer.p.W - layer.base.W.data for path, layer in layers.items()}
+kinds = ["q", "k", "v", "o", "up", "down"]
+length = lambda path: np.linalg.norm(changes[path]) / np.linalg.norm(layers[path].base.W.data)
+plots.show(
+    plots.heat_map(
+        100 * np.array([[length(f"blocks.{i}.{kind}") for kind in kinds] for i in range(4)]),
+        "How far each weight moved", "layer", "block", diverging=False, unit="‖ΔW‖ in % of ‖W‖", xticks=kinds,
+        yticks=range(4),
+    ),
+    "A table of 4 blocks by 6 layers: every weight moves, by 6 to 16 % of its length, v and o of block 0 most.",
+)  # fmt: skip
+
+# %% [markdown]
+# Every weight moves, by 6 to 16 % of its length; values and outputs of the first block move most. The change is small.
+# Is it also simple? Its singular values answer.
+
+# %%
 shown = {path: changes[path] for path in ["blocks.0.q", "blocks.2.v", "blocks.1.o"]}
 noise = np.random.default_rng(0).standard_normal((128, 128))
 shown["random, as long as q"] = noise * np.linalg.norm(changes["blocks.0.q"]) / np.linalg.norm(noise)

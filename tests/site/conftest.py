@@ -31,7 +31,7 @@ def address():
     server.server_close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # one for each file: JupyterLab goes on asking while other pages are looked at
 def browser():
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install 'minilora[site]'")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")

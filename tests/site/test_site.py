@@ -28,6 +28,7 @@ def open_page(browser, url, size=WIDE, scheme="light"):
     })  # fmt: skip
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get("about:blank")
     requests(browser), errors(browser)  # what an earlier page left
     browser.get(url)
     deadline = time.monotonic() + 30
