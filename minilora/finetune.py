@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -148,28 +149,13 @@ def run(settings: Settings, folder: Path, file, overwrite, progress, report):
     else:
         optimizer = load_training(file, model, make_optimizer, history, rng)
         report(f"{method.name}: going on after step {len(history.loss)} of {settings.steps}")
-    saved = len(history.loss)
-
-    def callback(step, history):
-        nonlocal saved
-        done, stopping = step + 1, signals and step + 1 < settings.steps
-        if stopping or done % settings.every == 0 or done == settings.steps:
-            try:
-                save_training(folder / CHECKPOINT, model, mark, optimizer, history, rng, asdict(settings))
-            except InputError as error:
-                good = f"the checkpoint of step {saved} is good: {go_on(folder)}" if saved else "no step is saved yet"
-                raise InputError(f"stopped after step {done}: {error}; {good}") from error
-            saved = done
-        if stopping:
-            raise Interrupted(
-                f"stopped and saved after step {done} of {settings.steps}; to go on: {go_on(folder)}", signals[0]
-            )
-
+    save = lambda: save_training(folder / CHECKPOINT, model, mark, optimizer, history, rng, asdict(settings))
     with stop_signals() as signals:
         try:
             train(
                 model, optimizer, batches, settings.steps, settings.warmup, label=method.name, progress=progress,
-                callback=callback, micro_batches=settings.micro_batches, workers=settings.workers, history=history,
+                callback=Checkpoints(folder, settings, save, signals, len(history.loss)),
+                micro_batches=settings.micro_batches, workers=settings.workers, history=history,
             )  # fmt: skip
         except TrainingStopped as stop:
             save_adapter(folder / ADAPTER, model, mark)
@@ -185,6 +171,37 @@ def run(settings: Settings, folder: Path, file, overwrite, progress, report):
     report(side_by_side("before", sample, "after", write()))
     report(f"\nWritten: {folder / ADAPTER}; try: minilora generate --adapter {folder}")
     return model
+
+
+@dataclass
+class Checkpoints:
+    """train()'s callback: saves each ``settings.every`` steps, at the last, and where one of ``signals`` asks to stop.
+
+    ``saved``: the step of the checkpoint in ``folder``, 0 where there is none. Raises Interrupted after a signal, and
+    InputError where the disk does not take it, naming the checkpoint that is good.
+    """
+
+    folder: Path
+    settings: Settings
+    save: Callable
+    signals: list
+    saved: int
+
+    def __call__(self, step, history):
+        done, steps = step + 1, self.settings.steps
+        stopping = self.signals and done < steps
+        if stopping or done % self.settings.every == 0 or done == steps:
+            try:
+                self.save()
+            except InputError as error:
+                there = f"the checkpoint of step {self.saved} is good: {go_on(self.folder)}"
+                raise InputError(
+                    f"stopped after step {done}: {error}; {there if self.saved else 'no step is saved yet'}"
+                ) from error
+            self.saved = done
+        if stopping:
+            saved = f"stopped and saved after step {done} of {steps}; to go on: {go_on(self.folder)}"
+            raise Interrupted(saved, self.signals[0])
 
 
 def check_numbers(**numbers) -> None:
