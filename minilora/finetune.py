@@ -257,8 +257,9 @@ def stop_signals():
 
     if threading.current_thread() is threading.main_thread():  # no other may set handlers
         for signum in (signal.SIGINT, signal.SIGTERM):
-            previous[signum] = signal.getsignal(signum) or signal.SIG_DFL
-            signal.signal(signum, note)
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # as for a job in the background, or under nohup
+                previous[signum] = signal.getsignal(signum) or signal.SIG_DFL
+                signal.signal(signum, note)
     try:
         yield got
     finally:

@@ -38,6 +38,14 @@ def no_samples(monkeypatch):
     monkeypatch.setattr(finetune, "write_sample", lambda *_: "")
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """In a job that was started in the background SIGINT is ignored, and stays so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def method(name):
     return methods.create(name, **methods.known(name, r=2, start_step=2))
 
@@ -255,7 +263,8 @@ def test_a_signal_stops_between_two_steps_saves_and_says_how_to_go_on(inputs, tm
     run = tmp_path / "run"
     command = [sys.executable, "-u", "-m", "minilora", "train", "lora", "--base", base, "--data", text, "--out", run,
                "--steps", "1000000", "--batch", "2", "--workers", "1", "--checkpoint-every", "1000000"]  # fmt: skip
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:  # the fixture's handler becomes the default there
         assert "layers matched" in process.stdout.readline()  # right before the first step
         time.sleep(0.3)
         process.send_signal(signum)
@@ -301,6 +310,20 @@ def test_the_second_signal_stops_at_once(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "train", training)
     with pytest.raises(KeyboardInterrupt):
         start("lora", inputs, tmp_path)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(inputs, undisturbed, tmp_path, monkeypatch):
+    """Ctrl-C at the terminal is not for a job in the background, nor a hang-up's SIGINT for one under nohup."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    train = finetune.train
+
+    def training(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(finetune, "train", training)
+    start("lora", inputs, tmp_path)
+    assert_same(undisturbed("lora"), state_of(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------ nothing is lost
