@@ -54,12 +54,10 @@ def pictures():
 # ------------------------------------------------------------------------------------------------- the derivations
 
 
-@pytest.mark.quick
 def test_each_method_has_a_page_and_no_page_is_left_over():
     assert sorted(path.stem for path in (pages.DOCS / "methods").glob("*.md")) == METHODS
 
 
-@pytest.mark.quick
 @every_method
 def test_a_page_has_all_its_parts_in_order(name):
     parts = pages.sections(page_of(name), 2)
@@ -67,7 +65,6 @@ def test_a_page_has_all_its_parts_in_order(name):
     assert all(len(text.split()) > 8 or part == "The picture" for part, text in parts.items())
 
 
-@pytest.mark.quick
 @every_method
 def test_every_tag_is_derived_and_the_derivation_ends_in_its_line(name):
     """A heading for each tag of the file, with mathematics or a reason below it and the tagged code line at the end."""
@@ -84,7 +81,6 @@ def test_every_tag_is_derived_and_the_derivation_ends_in_its_line(name):
         assert "$$" in before or len(before.split()) >= 10, f"{name}: nothing is derived for {tag}"
 
 
-@pytest.mark.quick
 @every_method
 def test_the_table_of_equations_has_every_tag_in_order(name):
     docstring, _ = source.docstring_and_code(source.path_of(name).read_text(encoding="utf-8"))
@@ -92,7 +88,6 @@ def test_the_table_of_equations_has_every_tag_in_order(name):
     assert table == source.tags(docstring, "docstring")
 
 
-@pytest.mark.quick
 @every_method
 def test_a_page_shows_the_chain_rule_for_every_gradient(name):
     """Each B equation of LoRA and of the methods with a backward of their own has an equation in index form."""
@@ -101,7 +96,6 @@ def test_a_page_shows_the_chain_rule_for_every_gradient(name):
         assert re.search(r"\$\$\n.*_\{?[a-z].*\n\$\$", derivation[tag]), f"{name}: {tag} is not in index form"
 
 
-@pytest.mark.quick
 @every_method
 def test_what_is_kept_and_the_claims_are_the_file_s(name):
     docstring, _ = source.docstring_and_code(source.path_of(name).read_text(encoding="utf-8"))
@@ -115,7 +109,6 @@ def test_what_is_kept_and_the_claims_are_the_file_s(name):
         assert re.search(rf"`{array}`( for|,)", parts["What it keeps, and why"]), f"{name}: why is {array} kept?"
 
 
-@pytest.mark.quick
 def test_the_options_named_have_the_defaults_named():
     """``alpha`` = 16 and the like, in the first column, "here", of the tables beside the paper and PEFT."""
     seen = set()
@@ -143,13 +136,11 @@ def test_code_blocks_that_count_the_plain_forms_bytes(name):
     pages.run(pages.read(name), f"docs/{name}")
 
 
-@pytest.mark.quick
 @every_page
 def test_links_lead_to_files_and_headings(name):
     assert not pages.broken_links(name)
 
 
-@pytest.mark.quick
 @every_page
 def test_the_mathematics_is_what_github_and_the_site_both_read(name):
     """$$ on lines of their own and in pairs; nothing that Markdown eats, no macro, no label."""
@@ -167,7 +158,6 @@ def test_the_mathematics_is_what_github_and_the_site_both_read(name):
     assert all(formula == formula.strip() for formula in within), f"{name}: a space beside a $"
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", WHY)
 def test_a_question_is_asked_and_answered_first(name):
     """The title, the question in people's words, and then the short answer, before any heading."""
@@ -216,7 +206,6 @@ def test_a_picture_shows_what_is_so(pictures, name):
 # ----------------------------------------------------------------------------------------------- what was measured
 
 
-@pytest.mark.quick
 @every_method
 def test_the_table_of_what_was_measured_is_the_recorded_one(pictures, name):
     page = page_of(name)
@@ -233,7 +222,6 @@ def test_a_table_that_is_not_the_recorded_one_is_filled(pictures):
     assert "9.000" in pictures.fill(page, results, speed)
 
 
-@pytest.mark.quick
 def test_what_the_pages_say_of_the_comparison():
     """The sentences below the tables, by the recorded numbers."""
     rows = {row["method"]: row for row in json.loads(pages.read("compare.json"))["rows"]}
@@ -259,7 +247,6 @@ def test_what_the_pages_say_of_the_comparison():
     assert forgot["delta_lora_control"] < forgot["delta_lora"]
 
 
-@pytest.mark.quick
 def test_what_the_pages_say_of_memory_and_speed():
     """The table of why/lora-memory.md, its sentences, and lora_fa.md's, by the recorded numbers."""
     recorded = json.loads(pages.read("memory.json"))["sizes"]["tiny"]["rows"]
