@@ -5,7 +5,8 @@ import re
 import sys
 
 from . import methods
-from .claims import Trial, verdicts
+from .checkpoint import array_shapes
+from .claims import verdicts
 from .gpt import GPT, GPTConfig
 from .surgery import adapt, count_parameters
 
@@ -35,9 +36,8 @@ def catalogue() -> list[dict]:
 
 def trained_shapes(name) -> dict[str, list[str]]:
     """The trainable arrays of a layer by name, with their shapes in letters: {"A": ["r", "d_in"], …}."""
-    letters = {3: "r", 12: "d_in", 9: "d_out"}
-    arrays = Trial(methods.create(name, **methods.known(name, r=3)), d_in=12, d_out=9).layer.arrays.trainable()
-    return {array: [letters[n] for n in p.shape] for array, p in arrays.items()}
+    trainable, _, _ = array_shapes(methods.create(name), "d_out", "d_in", "r")
+    return {array: list(shape) for array, shape in trainable.items()}
 
 
 def show(entries) -> str:

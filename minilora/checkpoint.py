@@ -326,9 +326,12 @@ def adapter_shapes(model: GPT, chosen: dict, parts: dict) -> dict:
     return found | {f"shared.{name}": shape for name, shape in shared.items()}
 
 
-def array_shapes(method, d_out, d_in):
-    """{name: shape} of the trainable arrays, the buffers and the shared arrays, found on a layer of other sizes."""
-    sizes = {1: 1, 3: getattr(method, "r", 3), 5: d_out, 7: d_in}
+def array_shapes(method, d_out, d_in, r=None):
+    """{name: shape} of the trainable arrays, the buffers and the shared arrays, found on a layer of other sizes.
+
+    ``r``, by default the method's own, ``d_out`` and ``d_in`` stand in the shapes as they are given: letters will do.
+    """
+    sizes = {1: 1, 3: r or getattr(method, "r", 3), 5: d_out, 7: d_in}
     small, W = replace(method, r=3) if hasattr(method, "r") else method, np.eye(5, 7)
     shared = Saved(small.init_shared([W.shape], np.random.default_rng(0)))
     groups = (*small.init(W, np.random.default_rng(0), shared), shared)
