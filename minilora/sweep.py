@@ -13,7 +13,6 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from importlib import import_module
 from itertools import product
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
@@ -27,8 +26,8 @@ from .compare import Task, tune
 from .errors import InputError, TrainingStopped
 from .files import writable_folder, write_atomically
 from .optim import check_positive
+from .progress import progress_bar
 from .surgery import count_parameters, plan
-from .train import progress_bar
 
 MARK = b'{"minilora_sweep": 1, '  # every line starts with it, so that half a line is known for ours as well
 BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -192,7 +191,6 @@ def _start_worker():
     """Ctrl-C is the sweep's to handle, and a worker whose sweep was killed does not live on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-    import_module("tqdm").tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed worker would leave
 
 
 @contextmanager

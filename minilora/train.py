@@ -5,7 +5,6 @@ It knows no method by name, shows its progress, and stops before a step that wou
 
 import math
 import statistics
-import sys
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -20,6 +19,7 @@ from .ledger import kept_bytes
 from .nn import Module
 from .ops import IGNORE_INDEX
 from .optim import Optimizer, check_positive, warmup_cosine
+from .progress import progress_bar
 
 
 class LostGradientWarning(UserWarning):
@@ -213,11 +213,3 @@ def evaluate(model: Module, batches) -> float:
     if not count:
         raise InputError("evaluate: there are no batches to evaluate on")
     return total / count
-
-
-def progress_bar(total, label, show=None, done=0):
-    """A tqdm bar on standard error; silent unless ``show``, by default where that is a terminal."""
-    from tqdm import tqdm
-
-    show = sys.stderr.isatty() if show is None else show
-    return tqdm(total=total, initial=done, desc=label, unit="it", disable=not show, dynamic_ncols=True, leave=False)

@@ -172,6 +172,7 @@ def run_in_a_child(job, kill_after=None):
         try:
             with open(os.devnull, "w") as nothing:
                 sys.stdout = sys.stderr = nothing
+                signal.alarm(60)  # kills one that hangs, and its code then is not 0
                 job()
             code = 0
         finally:

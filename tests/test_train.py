@@ -19,7 +19,7 @@ from minilora.ledger import kept_bytes
 from minilora.nn import Module, Parameter
 from minilora.optim import SGD, AdamW, warmup_cosine
 from minilora.surgery import adapt
-from minilora.train import History, LostGradientWarning, accumulate, evaluate, progress_bar, train, training_step
+from minilora.train import History, LostGradientWarning, accumulate, evaluate, train, training_step
 
 pytestmark = pytest.mark.quick
 
@@ -354,13 +354,6 @@ def test_the_bar_counts_every_step_and_shows_loss_and_throughput(monkeypatch):
     speeds = [f"{6 / seconds:,.0f}" for seconds in history.seconds]
     texts = [f"loss {loss:.3f}, {speed} tok/s" for loss, speed in zip(history.loss, speeds, strict=True)]
     assert seen == ["step", texts[0], "step", texts[1]]
-
-
-def test_the_bar_shows_itself_on_a_terminal(monkeypatch):
-    for terminal in (True, False):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
-        with progress_bar(3, "label") as bar:
-            assert bar.disable is not terminal
 
 
 def test_a_target_that_is_ignored_has_no_weight_in_the_mean():
