@@ -26,6 +26,8 @@ class Adapter:
 
     updates_base = False  # True: init or after_step changes W, and the layer gets its own copy of it
     holomorphic = True  # False: the complex step cannot be taken, and the method's file says why
+    peft = {}  # the keys that name the method in PEFT's configuration; a method that inherits says its own
+    from_peft = False  # True: a file with these keys is read as this method; likewise
     claims = {}  # sentence: function of a claims.Trial that is true where the sentence holds
 
     def __post_init__(self):

@@ -40,15 +40,6 @@ ARRAYS = {  # an array here: its name behind the module's in PEFT, and its shape
     "b": ("vera_lambda_b", ("d_out",)),
     "d": ("vera_lambda_d", ("r",)),
 }
-# The methods that PEFT has: the arrays of a module, and the flags in its configuration. Any other is exported all the
-# same, as LoRA where its update is a thin product, or merged.
-EXPORTED = {
-    **dict.fromkeys(("lora", "lora_plus", "lora_fa", "lora_fa_corrected", "delta_lora_control"), (LORA, {})),
-    "rslora": (LORA, {"use_rslora": True}),
-    **dict.fromkeys(("dora", "dora_detached"), (DORA, {"use_dora": True})),
-    "vera": (VERA, {}),
-}
-IMPORTED = {"lora": LORA, "rslora": LORA, "pissa": LORA, "dora_detached": DORA, "vera": VERA}
 
 CONFIG_BYTES, PATTERNS, PATTERN_LENGTH = 1 << 20, 1000, 1000  # caps on a configuration
 PATTERN_WAYS = 1 << 22  # and on what its expressions cost: four of .* with four alternatives
@@ -72,15 +63,16 @@ def save_peft(folder, model, form="adapter", names="gpt2", base=None, save_proje
         return write_gpt2(folder, model.config, merged_arrays(model))
     layers, everything = adapted_layers(model), layouts(model)[names]
     layout = {module: paths for module, paths in everything.items() if any(path in layers for path in paths)}
-    arrays, flags = EXPORTED.get(next(iter(layers.values())).method.name, (None, {}))
-    if form == "lora" or arrays is None:
+    method = next(iter(layers.values())).method
+    keys = keys_of(type(method))
+    if form == "lora" or method.updates_base or not keys:
         parts = {path: thin_part(path, layer) for path, layer in layers.items()}
         config, tensors = lora_file(model, layout, parts, {})
-    elif arrays == VERA:
+    elif keys["peft_type"] == "VERA":
         config, tensors = vera_file(model, layout, save_projection)
     else:
-        parts = {path: native_part(layer, arrays, flags) for path, layer in layers.items()}
-        config, tensors = lora_file(model, layout, parts, flags)
+        parts = {path: native_part(layer, keys) for path, layer in layers.items()}
+        config, tensors = lora_file(model, layout, parts, keys)
     config |= {
         "auto_mapping": None,
         "base_model_name_or_path": base,
@@ -109,6 +101,16 @@ def check_request(model, form, names) -> None:
         raise InputError('save_peft: names="gpt2" are those of a GPT; use names="minilora" for another model')
     if form == "merged" and names != "gpt2":
         raise InputError('save_peft: form="merged" is a model for transformers; leave names at "gpt2"')
+
+
+def keys_of(method) -> dict:
+    """What a method's own file says of PEFT; a method that inherits from another may compute something else."""
+    return vars(method).get("peft", {})
+
+
+def arrays_of(keys) -> tuple:
+    """The names of the arrays that each module has in a file with these ``keys`` of PEFT's configuration."""
+    return VERA if keys["peft_type"] == "VERA" else DORA if keys.get("use_dora") else LORA
 
 
 def layouts(model) -> dict:
@@ -155,17 +157,17 @@ class Part:
         return len(self.A)
 
 
-def native_part(layer: AdaptedLinear, arrays, flags) -> Part:
+def native_part(layer: AdaptedLinear, keys) -> Part:
     """The layer's own A, B and m, with the alpha by which PEFT scales them as the method does."""
-    method, found = layer.method, {name: to_host(layer.p[name]) for name in arrays}
-    over = root(flags)(method.r)
+    method, found = layer.method, {name: to_host(layer.p[name]) for name in arrays_of(keys)}
+    over = root(keys)(method.r)
     alpha = method.alpha if method.alpha / over == method.scaling else method.scaling * over
     return Part(alpha=alpha, **found)
 
 
-def root(flags):
+def root(keys):
     """PEFT multiplies B A by alpha / root(r)."""
-    return math.sqrt if flags.get("use_rslora") else float
+    return math.sqrt if keys.get("use_rslora") else float
 
 
 def thin_part(path, layer: AdaptedLinear) -> Part:
@@ -201,18 +203,18 @@ def split_change(path, layer: AdaptedLinear):
     return B.astype(W.dtype), A.astype(W.dtype)
 
 
-def lora_file(model, layout, parts, flags) -> tuple[dict, dict]:
-    """(configuration, tensors) of a LoRA file with ``parts`` {path: Part}, one for each adapted layer."""
+def lora_file(model, layout, parts, keys) -> tuple[dict, dict]:
+    """(configuration, tensors) of a LoRA file with ``parts`` {path: Part}, one for each adapted layer, and ``keys``."""
     weights = base_weights(model)
     fused = {
-        module: fuse([parts.get(path) for path in paths], [weights[path] for path in paths], root(flags))
+        module: fuse([parts.get(path) for path in paths], [weights[path] for path in paths], root(keys))
         for module, paths in layout.items()
     }
     r, rank_pattern = usual({module: part.r for module, part in fused.items()})
     alpha, alpha_pattern = usual({module: number(part.alpha) for module, part in fused.items()})
     config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "init_lora_weights": True}
     config |= {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern, "use_dora": False, "use_rslora": False}
-    config |= {"exclude_modules": None, "layers_pattern": None, "layers_to_transform": None} | flags
+    config |= {"exclude_modules": None, "layers_pattern": None, "layers_to_transform": None} | keys
     arrays = {module: {"A": part.A, "B": part.B, "m": part.m} for module, part in fused.items()}
     return config, named(arrays)
 
@@ -409,14 +411,14 @@ def load_peft(folder, model):
     if file.metadata.get(CONFIG_DIGEST, digest := hashlib.sha256(text).hexdigest()) != digest:
         file.fail(f"was written with another {CONFIG} than the one beside it; one of the two was replaced")
     layout, weights = targeted_layout(file, config, model), base_weights(model)
-    name, chosen = read_methods(folder / CONFIG, config, layout)
-    parts = {path: rows for paths in layout.values() for path, rows in rows_of(weights, name, paths).items()}
+    chosen = read_methods(folder / CONFIG, config, layout)
+    parts = {path: rows for paths in layout.values() for path, rows in rows_of(weights, config, paths).items()}
     try:
         check_plan(model, chosen)
     except InputError as error:
         raise AdapterFormatError(folder / CONFIG, str(error)) from None
-    found = read_arrays(file, model, shapes(file, config, weights, name, layout, chosen))
-    put_adapter(model, chosen, parts, divide(weights, name, layout, chosen, found))
+    found = read_arrays(file, model, shapes(file, config, weights, layout, chosen))
+    put_adapter(model, chosen, parts, divide(weights, config, layout, chosen, found))
     return model
 
 
@@ -549,20 +551,37 @@ def is_targeted(config, module: str) -> bool:
     return named(targets) and match is not None and match["idx"] is not None and int(match["idx"]) in as_list(layers)
 
 
-def read_methods(path, config, layout):
-    """(name of the method, {path: method} with each layer's r and alpha)."""
-    if config["peft_type"] == "VERA":
-        method = methods.create("vera", **methods.known("vera", **config))
-        return "vera", {own: method for paths in layout.values() for own in paths}
-    dora, rslora, pissa = config["use_dora"], config["use_rslora"], config["init_lora_weights"] == "pissa"
-    if dora and pissa:
-        raise AdapterFormatError(path, 'use_dora is true and init_lora_weights "pissa"; one of them is supported')
-    name = "pissa" if pissa else "dora_detached" if dora else "rslora" if rslora else "lora"
-    factor = math.sqrt if rslora and name != "rslora" else lambda r: 1.0  # alpha / √r, for a method that has alpha / r
-    ranks = by_module(config["rank_pattern"], layout, config["r"])
-    alphas = by_module(config["alpha_pattern"], layout, config["lora_alpha"])
-    make = lambda module: methods.create(name, r=ranks[module], alpha=alphas[module] * factor(ranks[module]))
-    return name, {own: method for module, paths in layout.items() for method in [make(module)] for own in paths}
+def read_methods(path, config, layout) -> dict:
+    """{path: method} with each layer's r and alpha."""
+    name, keys = named_method(path, config)
+    ranks = by_module(config.get("rank_pattern"), layout, config["r"])
+    alphas = by_module(config.get("alpha_pattern"), layout, config.get("lora_alpha", 1.0))
+    if root(config) is not root(keys):  # a method that has alpha / r
+        alphas = {module: alpha * math.sqrt(ranks[module]) for module, alpha in alphas.items()}
+    own = lambda module: methods.known(name, **config | {"r": ranks[module], "alpha": alphas[module]})
+    return {
+        ours: method
+        for module, paths in layout.items()
+        for method in [methods.create(name, **own(module))]
+        for ours in paths
+    }
+
+
+def named_method(path, config) -> tuple[str, dict]:
+    """(name, keys) of the method that PEFT trains with a configuration: of those that agree, the one of most keys.
+
+    use_rslora counts least: it is a factor, which alpha can hold for a method that has it not. Raises
+    AdapterFormatError for two methods at once.
+    """
+    own = {name: vars(methods.get(name)) for name in methods.names()}
+    kinds = {name: of["peft"] for name, of in own.items() if of.get("from_peft")}
+    weight = lambda name: (len(kinds[name].keys() - {"use_rslora"}), len(kinds[name]))
+    fits = sorted((name for name in kinds if kinds[name].items() <= config.items()), key=weight)
+    if weight(fits[-1]) in map(weight, fits[:-1]):
+        asked = {key: value for name in fits[-2:] for key, value in kinds[name].items() if key != "peft_type"}
+        asked = " and ".join(f"{key} is {shown_json(value)}" for key, value in asked.items())
+        raise AdapterFormatError(path, f"{asked}; one of them is supported, not both at once")
+    return fits[-1], kinds[fits[-1]]
 
 
 def by_module(pattern, layout, usual) -> dict:
@@ -573,22 +592,22 @@ def by_module(pattern, layout, usual) -> dict:
     return dict.fromkeys(layout, usual) | values
 
 
-def rows_of(weights, name, paths) -> dict:
+def rows_of(weights, config, paths) -> dict:
     """{path: {"B": slice}}: the rows of VeRA's shared B that each of several layers in one module takes."""
-    if IMPORTED[name] != VERA or len(paths) == 1:
+    if config["peft_type"] != "VERA" or len(paths) == 1:
         return {}
     ends = np.cumsum([0] + [len(weights[path]) for path in paths]).tolist()
     return {path: {"B": slice(*rows)} for path, *rows in zip(paths, ends[:-1], ends[1:], strict=True)}
 
 
-def shapes(file: TensorFile, config, weights, name, layout, chosen) -> dict:
+def shapes(file: TensorFile, config, weights, layout, chosen) -> dict:
     """What the file must hold: {PEFT's name: shape}. Raises where its key would draw more than a file is worth."""
     found, sizes_of = {}, module_sizes(weights, layout)
     for (module, paths), (d_out, d_in) in zip(layout.items(), sizes_of, strict=True):
         sizes = {"r": chosen[paths[0]].r, "d_out": d_out, "d_in": d_in}
-        for array in IMPORTED[name]:
+        for array in arrays_of(config):
             found[tensor_name(module, array)] = tuple(sizes[size] for size in ARRAYS[array][1])
-    if IMPORTED[name] == VERA:
+    if config["peft_type"] == "VERA":
         max_out, max_in = map(max, zip(*sizes_of, strict=True))
         if config["save_projection"]:
             found |= {SHARED["A"]: (config["r"], max_in), SHARED["B"]: (max_out, config["r"])}
@@ -602,15 +621,15 @@ def module_sizes(weights, layout) -> list[tuple[int, int]]:
     return [(sum(len(weights[path]) for path in paths), weights[paths[0]].shape[1]) for paths in layout.values()]
 
 
-def divide(weights, name, layout, chosen, found) -> dict:
+def divide(weights, config, layout, chosen, found) -> dict:
     """{our name: array} from the tensors of a file, ``found``: each layer gets copies of its own."""
     dtype = next(iter(found.values())).dtype
     arrays = {f"shared.{ours}": found[theirs] for ours, theirs in SHARED.items() if theirs in found}
-    if IMPORTED[name] == VERA and not arrays:
+    if config["peft_type"] == "VERA" and not arrays:
         drawn = next(iter(chosen.values())).init_shared(module_sizes(weights, layout), np.random.default_rng(0))
         arrays = {f"shared.{ours}": own.astype(dtype) for ours, own in drawn.items()}
     for module, paths in layout.items():
-        own = {array: found[tensor_name(module, array)] for array in IMPORTED[name]}
+        own = {array: found[tensor_name(module, array)] for array in arrays_of(config)}
         stacked = {array for array in own if ARRAYS[array][1][0] == "d_out"}
         method = chosen[paths[0]]
         if method.updates_base:  # by its start, which PEFT makes of the module's weight and does not save

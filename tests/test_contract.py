@@ -542,7 +542,9 @@ def test_a_file_in_the_folder_is_a_method_everywhere(with_new_method, tmp_path, 
 def test_no_file_outside_the_folder_names_a_method():
     package = source.path_of("lora").parents[1]
     for path in package.rglob("*.py"):
-        if path.parent.name == "methods" or path.name == "peft.py":  # PEFT's own list: which of its kinds is which
+        if path.parent.name == "methods":
             continue
         strings = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
+        if path.name == "peft.py":  # a form of file, and a value of PEFT's init_lora_weights
+            strings -= {"lora", "pissa"}
         assert not strings & set(METHODS), f"{path.name} names {strings & set(METHODS)}"

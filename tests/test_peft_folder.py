@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,56 @@ def test_a_change_of_a_higher_rank_is_not_cut_off(tmp_path):
 def test_a_new_adapter_starts_as_the_base_model_there_too(tmp_path):
     save_peft(tmp_path, adapt(base(), "lora", r=2, verbose=False))
     np.testing.assert_array_equal(logits(load_peft(tmp_path, base())), logits(base()))
+
+
+HALF = '''"""Half of LoRA."""
+
+from dataclasses import dataclass
+
+from .lora import LoRA
+
+
+@dataclass(frozen=True)
+class Half(LoRA):
+{own}
+    def factors(self, W, p):
+        return 0.5 * self.scaling * p.B, p.A
+'''
+
+
+@pytest.fixture
+def half(tmp_path, monkeypatch):
+    """Adds a method to the folder that inherits from LoRA and merges something else; ``own`` is a line of its file."""
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+
+    def write(own=""):
+        (tmp_path / "half.py").write_text(HALF.format(own=own))
+        return trained("half", r=3)
+
+    yield write
+    sys.modules.pop("minilora.methods.half", None)
+
+
+def test_a_method_that_inherits_is_not_taken_for_its_parent(half, tmp_path):
+    model = half()
+    save_peft(tmp_path / "out", model)
+    written, layer = tensors_of(tmp_path / "out"), adapted_layers(model)["blocks.0.up"]
+    A, B = (written[f"{GPT2}h.0.mlp.c_fc.lora_{name}.weight"] for name in "AB")
+    np.testing.assert_allclose(B @ A, 0.5 * layer.method.scaling * layer.p.B @ layer.p.A, rtol=1e-5, atol=1e-7)
+
+
+def test_a_method_says_in_its_own_file_what_peft_calls_it(half, tmp_path):
+    config = save_peft(tmp_path / "out", half('    peft = {"peft_type": "LORA", "use_rslora": True}'))
+    assert config["use_rslora"] and config["r"] == 3
+    loaded = load_peft(tmp_path / "out", base())
+    assert {layer.method.name for layer in adapted_layers(loaded).values()} == {"rslora"}
+
+
+def test_each_kind_of_file_comes_back_as_one_method():
+    own = [vars(methods.get(name)) for name in methods.names()]
+    said = {json.dumps(of["peft"]) for of in own if "peft" in of}
+    assert len(said) == 5
+    assert sorted(said) == sorted(json.dumps(of["peft"]) for of in own if of.get("from_peft"))
 
 
 def test_delta_loras_file_has_rank_2_r_and_its_control_its_own_alpha(tmp_path):

@@ -18,6 +18,7 @@ from .lora import LoRA
 @dataclass(frozen=True)
 class DeltaLoRAControl(LoRA):
     update_ratio: float = 2.0
+    peft = {"peft_type": "LORA"}
 
     claims = {
         "is what Delta-LoRA from step 0 becomes under Adam": lambda t: t.same(

@@ -31,6 +31,8 @@ TINY = 1e-30  # below float32's resolution of any live n²; a row of zeros gives
 
 @dataclass(frozen=True)
 class DoRA(LoRA):
+    peft = {"peft_type": "LORA", "use_dora": True}
+
     claims = {
         "starts as the base model": lambda t: t.same(t.merged, t.W0),
         "each row of the merged weight has the length m": lambda t: t.same(

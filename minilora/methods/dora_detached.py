@@ -31,6 +31,8 @@ TINY = 1e-30  # below float32's resolution of any live n²; a row of zeros gives
 
 @dataclass(frozen=True)
 class DoRADetached(LoRA):
+    peft, from_peft = {"peft_type": "LORA", "use_dora": True}, True
+
     claims = {
         "keeps no less than the full gradient does": lambda t: (
             t.kept_numbers() == t.of("dora", r=t.method.r).kept_numbers()

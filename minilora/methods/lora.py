@@ -28,6 +28,7 @@ from ..adapter import Adapter
 class LoRA(Adapter):
     r: int = 8
     alpha: float = 16.0
+    peft, from_peft = {"peft_type": "LORA"}, True
 
     claims = {
         "starts as the base model": lambda t: (t.merged == t.W0).all(),

@@ -22,6 +22,8 @@ from .lora import LoRA
 
 @dataclass(frozen=True)
 class LoRAFA(LoRA):
+    peft = {"peft_type": "LORA"}
+
     claims = {
         "keeps no N × d_in array": lambda t: t.kept_numbers() == len(t.x) * t.method.r,
         "what it keeps does not grow with d_in": lambda t: t.resized(d_in=90).kept_numbers() == t.kept_numbers(),

@@ -27,6 +27,8 @@ from .lora import LoRA
 
 @dataclass(frozen=True)
 class LoRAFACorrected(LoRA):
+    peft = {"peft_type": "LORA"}
+
     claims = {
         "keeps no N × d_in array": lambda t: t.kept_numbers() == len(t.x) * t.method.r,
         "with SGD, W moves along the full gradient projected on the rows of A": lambda t: t.same(

@@ -18,6 +18,7 @@ from .lora import LoRA
 @dataclass(frozen=True)
 class LoRAPlus(LoRA):
     lr_ratio: float = 16.0
+    peft = {"peft_type": "LORA"}
 
     claims = {
         "B's first Adam step is lr_ratio times that of LoRA": lambda t: t.same(

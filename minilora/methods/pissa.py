@@ -22,6 +22,7 @@ from .lora import LoRA
 @dataclass(frozen=True)
 class PiSSA(LoRA):
     updates_base = True
+    peft, from_peft = {"peft_type": "LORA", "init_lora_weights": "pissa"}, True
 
     claims = {
         "starts as the base model": lambda t: t.same(t.merged, t.W0),

@@ -17,6 +17,8 @@ from .lora import LoRA
 
 @dataclass(frozen=True)
 class RsLoRA(LoRA):
+    peft, from_peft = {"peft_type": "LORA", "use_rslora": True}, True
+
     claims = {
         "is LoRA with alpha · √r": lambda t: t.same(
             t.after(5).merged, t.of("lora", r=t.method.r, alpha=t.method.alpha * math.sqrt(t.method.r)).after(5).merged

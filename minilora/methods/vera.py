@@ -32,6 +32,7 @@ class VeRA(Adapter):
     r: int = 64
     d_initial: float = 0.1
     projection_prng_key: int = 0
+    peft, from_peft = {"peft_type": "VERA"}, True
 
     claims = {
         "trains r + d_out numbers, whatever d_in is": lambda t: (

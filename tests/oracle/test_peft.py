@@ -108,6 +108,16 @@ def adamw(theirs, **options):
 # ------------------------------------------------------------------------------------------- names, shapes, the start
 
 
+@every_method
+def test_a_methods_file_names_it_as_peft_does(name):
+    """The configuration that trains the method there differs from PEFT's defaults by the keys that its file states."""
+    own, theirs = vars(methods.get(name))["peft"], CONFIGS[name]().to_dict()
+    assert {key: theirs[key] for key in own} == own
+    usual = type(CONFIGS[name]())().to_dict()
+    flags = {key for key in ("use_dora", "use_rslora", "init_lora_weights") if theirs.get(key) != usual.get(key)}
+    assert own.keys() == {"peft_type", *flags}
+
+
 @both_hosts
 @every_method
 def test_the_same_arrays_are_trained_under_pefts_names(name, host):
