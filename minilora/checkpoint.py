@@ -1,15 +1,12 @@
-"""Models, adapters and half-done training in files: .npz for a base model, safetensors for the rest. Never pickle.
+"""Models, adapters and half-done training in files: safetensors with a description of their own, never pickle.
 
 Every save is all or nothing, and every file is checked whole before a model changes; both are files.py's work.
 """
 
 import hashlib
-import io
 import json
 import math
 import os
-import zipfile
-import zlib
 from dataclasses import asdict, replace
 from importlib import resources
 
@@ -19,58 +16,63 @@ from . import methods
 from .backend import array_module, to_device, to_host
 from .engine import Saved
 from .errors import AdapterFormatError, FormatError, InputError, nearest, shown
-from .files import DIGEST, TensorFile, parse_json, write_atomically, write_tensors
+from .files import DIGEST, TensorFile, parse_json, write_tensors
 from .gpt import GPT, GPTConfig
 from .surgery import adapted_layers, check_plan, host, linear_layers, shared_shapes
 
-FORMAT, TRAINING = "minilora adapter 2", "minilora training 1"
+MODEL, FORMAT, TRAINING = "minilora model 1", "minilora adapter 2", "minilora training 1"
 SERIES = ("loss", "lr", "grad_norm", "seconds")  # the lists of train.History
-UNREADABLE = (
-    OSError, ValueError, TypeError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile, NotImplementedError,
-)  # fmt: skip
-CONFIG = "config"  # the .npz member that holds the GPTConfig as JSON text
 
 
 def save_model(path, model: GPT) -> None:
-    """Save a model in its dtype, as .npz. Raises InputError for one with adapters."""
+    """Save a model in its dtype, as safetensors. Raises InputError for one with adapters."""
     if adapted_layers(model):
         raise InputError("save_model: this model has adapters; use save_adapter(), or merge_and_unload(model) first")
-    buffer = io.BytesIO()
-    arrays = {name: to_host(p.data) for name, p in model.named_parameters()}
-    np.savez_compressed(buffer, **{CONFIG: json.dumps(asdict(model.config))}, **arrays)
-    write_atomically(path, buffer.getvalue())
+    metadata = {"format": MODEL, "config": json.dumps(asdict(model.config))}
+    write_tensors(path, host_arrays(dict(model.named_parameters())), metadata)
 
 
 def load_model(path) -> GPT:
     """The model that save_model() wrote.
 
-    Raises InputError for a missing file, one that is no .npz, or arrays that are not exactly the configuration's.
+    Raises FormatError, before an array is allocated, for a missing or foreign file, or arrays that are not exactly the
+    configuration's.
     """
+    file = TensorFile(path, "a model file")
+    if file.metadata.get("format") != MODEL:
+        file.fail(f"is no model of the format {shown(MODEL)}; minilora pretrain and save_model() write one")
+    for key in ("config", DIGEST):
+        if key not in file.metadata:
+            file.fail(f'the description of the model lacks "{key}"')
     try:
-        with open(path, "rb") as file:
-            members = dict(np.load(file, allow_pickle=False))
-    except FileNotFoundError:
-        raise InputError(f'there is no model file "{path}"') from None
-    except UNREADABLE as error:
-        raise InputError(f'"{path}" is not a model file that save_model() wrote: {error}') from error
-    try:
-        config = GPTConfig(**json.loads(str(members.pop(CONFIG))))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:  # InputError and JSONDecodeError are ValueErrors
-        raise InputError(f'"{path}" holds no model configuration that can be used ({error})') from error
-    sizes = {"tokens": (config.vocab_size, config.n_embd), "positions": (config.n_positions, config.n_embd)}
-    for name, shape in sizes.items():  # before a model of that size is made
-        if name in members and members[name].shape != shape:
-            raise InputError(f'"{path}": array "{name}" is {members[name].shape}; its configuration says {shape}')
-    if config.n_layer > len(members) or not sizes.keys() <= members.keys():
-        raise InputError(f'"{path}": there are {len(members)} arrays, too few for its configuration')
-    model = GPT(config, dtype=next((a.dtype for a in members.values() if a.dtype.kind == "f"), np.float32))
-    assign(dict(model.named_parameters()), members, path)
+        config = GPTConfig(**described(file, "config"))
+    except (InputError, TypeError) as error:
+        raise error if isinstance(error, FormatError) else file.error(file.path, f"no usable config: {error}") from None
+    if config.n_layer > len(file.tensors):  # before a list of its layers is made
+        file.fail(f"its config has {config.n_layer:,} layers, and the file {len(file.tensors)} tensors")
+    shapes = model_shapes(config)
+    file.check(shapes)
+    model = GPT(config, dtype=np.float64 if file.tensors["tokens"][0] == "F64" else np.float32)
+    arrays = read_arrays(file, model, shapes)
+    for name, p in model.named_parameters():
+        p.data = to_device(arrays[name], array_module(p.data))
     return model
+
+
+def model_shapes(config: GPTConfig) -> dict:
+    """{name: shape} of a model's arrays, with none of them made: read off a small one whose sizes all differ."""
+    small = GPT(GPTConfig(vocab_size=3, n_positions=5, n_embd=2, n_layer=1, n_head=1))
+    sizes = {3: config.vocab_size, 5: config.n_positions, 2: config.n_embd, 8: 4 * config.n_embd}
+    return {
+        name.replace("blocks.0.", f"blocks.{i}."): tuple(sizes[n] for n in p.shape)
+        for name, p in small.named_parameters()
+        for i in range(config.n_layer if name.startswith("blocks.") else 1)
+    }
 
 
 def pretrained() -> GPT:
     """The tiny GPT that comes with minilora: pre-trained on Shakespeare in modern spelling by ``minilora pretrain``."""
-    with resources.as_file(resources.files("minilora.data") / "pretrained.npz") as path:
+    with resources.as_file(resources.files("minilora.data") / "pretrained.safetensors") as path:
         return load_model(path)
 
 
@@ -336,17 +338,3 @@ def array_shapes(method, d_out, d_in, r=None):
     shared = Saved(small.init_shared([W.shape], np.random.default_rng(0)))
     groups = (*small.init(W, np.random.default_rng(0), shared), shared)
     return tuple({name: tuple(sizes[n] for n in a.shape) for name, a in group.items()} for group in groups)
-
-
-def assign(params: dict, arrays: dict, path) -> None:
-    """Put ``arrays`` into the Parameters of the same names. Raises InputError, before any is set, unless all fit."""
-    for name in arrays.keys() - params.keys():
-        raise InputError(f'"{path}": array "{name}" belongs to no parameter{nearest(name, params)}')
-    for name, p in params.items():
-        if name not in arrays:
-            raise InputError(f'"{path}": there is no array "{name}"')
-        array = arrays[name]
-        if array.shape != p.shape or array.dtype.kind != "f":
-            raise InputError(f'"{path}": array "{name}" is {array.dtype}{array.shape}; expected {p.dtype}{p.shape}')
-    for name, p in params.items():
-        p.data = to_device(arrays[name].astype(p.dtype, copy=False), array_module(p.data))

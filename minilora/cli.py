@@ -98,7 +98,7 @@ def build_parser(argv) -> argparse.ArgumentParser:
 
     p = command("pretrain", run_pretrain, "Make the base model again: a tiny GPT trained on modern Shakespeare.")
     p.add_argument("--steps", type=int, help="training steps; the recipe's by default")
-    p.add_argument("--out", default="pretrained.npz", metavar="FILE", help="the model file to write")
+    p.add_argument("--out", default="pretrained.safetensors", metavar="FILE", help="the model file to write")
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute")
     worker_flag(p, "1: dropout, and so the model, depends on it")
 

@@ -820,6 +820,50 @@ def tampered_seeds() -> dict[str, Seed]:
     return seeds
 
 
+def model_seeds(good: dict) -> dict[str, Seed]:
+    """Seeds for a model whose configuration is ``good``: one block of width 8, of 18 tensors."""
+    config = lambda **sizes: noted(config=json.dumps({k: v for k, v in {**good, **sizes}.items() if v is not GONE}))
+    huge = 10**9
+    seeds = {
+        "no configuration": (noted(config=None), 'lacks "config"'),
+        "no JSON": (noted(config="{"), "is not JSON"),
+        "a list": (noted(config="[1]"), "no usable config"),
+        "text": (noted(config='"n_embd"'), "no usable config"),
+        "null": (noted(config="null"), "no usable config"),
+        "nested": (noted(config="[" * DEEP), "nested too deeply"),
+        "a key twice": (noted(config='{"n_embd": 8, "n_embd": 8}'), "twice"),
+        "an unknown key": (config(n_heads=2), "no usable config"),
+        "a size of 0": (config(n_head=0), "n_head is 0"),
+        "a size of text": (config(n_embd="8"), "n_embd is '8'"),
+        "a size with a point": (config(n_embd=8.0), "n_embd is 8.0"),
+        "a size below 0": (config(n_layer=-1), "n_layer is -1"),
+        "a size of 4,000 digits": (noted(config='{"n_embd": ' + LONG + "}"), "n_embd|too long"),
+        "control codes": (config(n_embd="\x1b[2J"), "n_embd is"),
+        "dropout of text": (config(dropout="0"), "no usable config"),
+        "dropout of 2": (config(dropout=2), "dropout is 2"),
+        "NaN": (config(dropout=float("nan")), "NaN"),
+        "heads that do not fit": (config(n_head=3), "not a multiple"),
+        "a billion layers": (config(n_layer=huge), "1,000,000,000 layers"),
+        "two layers": (config(n_layer=2), "is missing", "blocks.1.norm1.g"),
+        "a width of a billion": (config(n_embd=2 * huge), "expected", "tokens"),
+        "a billion positions": (config(n_positions=huge), "expected", "positions"),
+        "a billion tokens": (config(vocab_size=huge), "expected", "tokens"),
+        "the default sizes": (noted(config="{}"), "expected", "tokens"),
+    }
+    seeds = {f"config: {name}": Seed(*seed) for name, seed in seeds.items()}
+    for name in ("", "pt", "minilora model 2", "minilora adapter 2", "MINILORA MODEL 1", "x" * 10_000):
+        seeds[f"format: {name[:20]}"] = Seed(noted(format=name), "is no model")
+    seeds["without format"] = Seed(noted(format=None), "is no model")
+    seeds["without checksum"] = Seed(
+        lambda path: write(path, without_checksum(read(path)[0]), read(path)[1]), f'lacks "{DIGEST}"'
+    )
+    return seeds
+
+
+def without_checksum(header):
+    return header | {"__metadata__": {k: v for k, v in header["__metadata__"].items() if k != DIGEST}}
+
+
 def vera_seeds() -> dict[str, Seed]:
     """Seeds for a file of minilora with VeRA (r 2) in blocks.0.q (d_out 8) and blocks.0.up (d_out 32), by name."""
     seeds = {f"part: {name}": Seed(parted(part), PART) for name, part in PARTS.items()}

@@ -1,6 +1,7 @@
 """What a run of ``minilora train`` starts from and leaves, for tests that interrupt one and compare."""
 
 import json
+import os
 
 import numpy as np
 
@@ -11,9 +12,14 @@ from minilora.files import TensorFile
 
 def make_inputs(folder, width):
     """(base, text): a random tiny model and a short text, in files."""
-    save_model(folder / "tiny.npz", GPT(GPTConfig(n_positions=width, n_embd=width, n_layer=1, n_head=2)))
+    save_model(folder / "tiny.safetensors", GPT(GPTConfig(n_positions=width, n_embd=width, n_layer=1, n_head=2)))
     (folder / "text.txt").write_text("the cat sat on the mat. " * 30)
-    return folder / "tiny.npz", folder / "text.txt"
+    return folder / "tiny.safetensors", folder / "text.txt"
+
+
+def opens_to_read(name, arguments) -> bool:
+    """Is a call of the system the start of a load, and not a part of a save? Only what is read is opened like this."""
+    return name == "open" and bool(arguments[1] & os.O_NONBLOCK)
 
 
 def state_of(folder):

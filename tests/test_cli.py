@@ -16,7 +16,7 @@ from minilora.compare import ROW_KEYS
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A random tiny model with the tokenizer's alphabet: the commands do not care how good it is."""
-    path = tmp_path_factory.mktemp("base") / "tiny.npz"
+    path = tmp_path_factory.mktemp("base") / "tiny.safetensors"
     save_model(path, GPT(GPTConfig(n_positions=32, n_embd=16, n_layer=1, n_head=2)))
     return str(path)
 
@@ -88,8 +88,8 @@ def test_train_saves_an_adapter_that_generate_uses(base, tmp_path, capsys):
 
 
 def test_pretrain_writes_a_model_file(tmp_path, capsys):
-    assert run("pretrain", "--steps", 2, "--out", tmp_path / "new.npz") == 0
-    assert run("generate", "--base", tmp_path / "new.npz", "--tokens", 5) == 0
+    assert run("pretrain", "--steps", 2, "--out", tmp_path / "new.safetensors") == 0
+    assert run("generate", "--base", tmp_path / "new.safetensors", "--tokens", 5) == 0
 
 
 def test_methods_and_check_in_text_and_json(capsys):
@@ -136,7 +136,7 @@ BAD = {
     "clip 0": (["train", "lora", "--clip", 0], "clip is 0"),
     "unmatched target": (["train", "lora", "--target-modules", "q,zz"], 'no linear layer is named "zz"'),
     "no such text": (["train", "lora", "--data", "no-such-file.txt"], "no-such-file.txt"),
-    "no such base": (["compare", "--base", "no-such-model.npz"], "no-such-model.npz"),
+    "no such base": (["compare", "--base", "no-such-model.safetensors"], "no-such-model.safetensors"),
     "no such adapter": (["generate", "--adapter", "no-such-run"], "no-such-run"),
     "tokens 0": (["generate", "--tokens", 0], "n is 0"),
     "temperature": (["generate", "--temperature", -1], "temperature is -1"),

@@ -525,7 +525,7 @@ def test_a_file_in_the_folder_is_a_method_everywhere(with_new_method, tmp_path, 
     assert main(["check", "scale"]) == 0
     assert main(["methods"]) == 0
     assert "scale: Scale: one number for each output" in capsys.readouterr().out
-    base, out = str(tmp_path / "tiny.npz"), str(tmp_path / "out")
+    base, out = str(tmp_path / "tiny.safetensors"), str(tmp_path / "out")
     save_model(base, GPT(GPTConfig(n_positions=32, n_embd=16, n_layer=1, n_head=2)))
     assert (
         main(["compare", "--base", base, "--methods", "scale", "lora", "--r", "2", "--steps", "2", "--out", out]) == 0

@@ -290,10 +290,10 @@ def test_a_card_that_computes_wrongly(monkeypatch, capsys):
 )
 def test_device_cuda_without_a_gpu_is_one_sentence(command, cupy, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    base, out = tmp_path / "tiny.npz", tmp_path / "out"
+    base, out = tmp_path / "tiny.safetensors", tmp_path / "out"
     save_model(base, GPT(GPTConfig(n_positions=32, n_embd=16, n_layer=1, n_head=2)))
     more = [] if command == "pretrain" else ["--base", base]
-    more += [] if command == "generate" else ["--out", out / "x.npz" if command == "pretrain" else out]
+    more += [] if command == "generate" else ["--out", out / "x.safetensors" if command == "pretrain" else out]
     assert main([command, *COMMANDS[command], "--device", "cuda", *map(str, more)]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith('minilora: error: device "cuda"') and captured.err.count("\n") == 1

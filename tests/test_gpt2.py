@@ -282,6 +282,6 @@ def test_a_mask_is_not_read_but_must_lie_right(folder):
 )
 def test_a_model_with_another_vocabulary_is_one_clear_sentence(folder, tmp_path, monkeypatch, capsys, argv, where):
     monkeypatch.chdir(tmp_path)
-    save_model(tmp_path / "model.npz", base())
-    assert main([*argv, "--base", str(folder if where == "folder" else tmp_path / "model.npz")]) == 2
+    save_model(tmp_path / "model.safetensors", base())
+    assert main([*argv, "--base", str(folder if where == "folder" else tmp_path / "model.safetensors")]) == 2
     assert "has 11 tokens, and the tokenizer 96 characters; a model that reads characters" in capsys.readouterr().err

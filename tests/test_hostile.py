@@ -6,7 +6,7 @@ These tests exist because a file from elsewhere may be made to do harm, and one 
 import copy
 import json
 import os
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import hostile
 import numpy as np
@@ -14,19 +14,21 @@ import pytest
 from hostile import Seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusal import assert_well_said, base, in_front, parametrized, refused, spoil, state, tuned
+from refusal import TINY, assert_well_said, base, in_front, parametrized, refused, spoil, state, tuned
 
 from minilora import methods
 from minilora.checkpoint import (
     adapter_arrays,
     fingerprint,
     load_adapter,
+    load_model,
     load_training,
     open_training,
     save_adapter,
+    save_model,
     save_training,
 )
-from minilora.errors import AdapterFormatError
+from minilora.errors import AdapterFormatError, FormatError
 from minilora.finetune import Settings
 from minilora.optim import AdamW
 from minilora.train import History
@@ -349,3 +351,43 @@ def test_a_damaged_checkpoint_is_seen(damage, checkpoint, here):
             pytest.fail(f"{name}: it was loaded")
         assert_well_said(caught.value, here)
     assert (state(model), history, rng.bit_generator.state) == before
+
+
+# -------------------------------------------------------------------------------- base models
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    """The bytes of a model's file, with an array of 64 bytes in front."""
+    path = tmp_path_factory.mktemp("good") / "model.safetensors"
+    save_model(path, base())
+    in_front(path, "positions")
+    load_model(path)
+    return path.read_bytes()
+
+
+@parametrized(hostile.format_seeds() | hostile.model_seeds(asdict(TINY)))
+def test_a_file_that_lies_is_no_model(seed, model_file, here):
+    named = spoil(here, model_file, seed)
+    with refused(here, named, FormatError):
+        load_model(here)
+
+
+def test_every_tensor_of_a_model_counts(model_file, here):
+    seeds = list(of_each_tensor(model_file, here))
+    assert len(seeds) == 5 * len(dict(base().named_parameters()))
+    for seed in seeds:
+        named = spoil(here, model_file, seed)
+        with refused(here, named, FormatError):
+            load_model(here)
+
+
+@pytest.mark.parametrize("damage", [hostile.cuts, hostile.flips])
+def test_a_damaged_model_is_seen(damage, model_file, here):
+    """Every 13th of the cuts and flips: all of them are tried on an adapter."""
+    for name, data in list(damage(model_file).items())[::13]:
+        here.write_bytes(data)
+        with pytest.raises(FormatError) as caught:
+            load_model(here)
+            pytest.fail(f"{name}: it was loaded")
+        assert_well_said(caught.value, here)

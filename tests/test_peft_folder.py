@@ -868,7 +868,7 @@ def run(tmp_path_factory):
     """(base model's file, folder of a run) of a tiny model with the tokenizer's alphabet."""
     folder = tmp_path_factory.mktemp("run")
     model = GPT(GPTConfig(n_positions=32, n_embd=16, n_layer=1, n_head=2), 0)
-    save_model(folder / "tiny.npz", model)
+    save_model(folder / "tiny.safetensors", model)
     mark = fingerprint(model)
     adapt(model, "delta_lora", r=2, verbose=False, start_step=0)
     for p in model.trainable().values():
@@ -876,7 +876,7 @@ def run(tmp_path_factory):
     model.after_step()
     (folder / "adapter").mkdir()
     save_adapter(folder / "adapter" / "adapter.safetensors", model, mark)
-    return str(folder / "tiny.npz"), str(folder / "adapter")
+    return str(folder / "tiny.safetensors"), str(folder / "adapter")
 
 
 def said(capsys, *argv, base=None):

@@ -42,7 +42,7 @@ run_sweep(parser.parse_args())
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base") / "tiny.npz"
+    path = tmp_path_factory.mktemp("base") / "tiny.safetensors"
     save_model(path, GPT(GPTConfig(n_positions=32, n_embd=16, n_layer=1, n_head=2)))
     return str(path.resolve())
 
@@ -159,7 +159,7 @@ BAD = {
     "steps 0": (["--steps", 0], "steps is 0"),
     "batch 0": (["--batch", 0], "batch is 0"),
     "workers 0": (["--methods", "full", "--workers", 0], "workers is 0"),
-    "no such base": (["--base", "no-such-model.npz"], "no-such-model.npz"),
+    "no such base": (["--base", "no-such-model.safetensors"], "no-such-model.safetensors"),
     "report of nothing": (["--report"], "holds no runs"),
     "record of nothing": (["--record", "rates.json"], "holds no runs"),
 }
@@ -355,7 +355,7 @@ def test_a_file_that_is_something_else_is_left_as_it_is(content, base, tmp_path)
 
 
 def test_runs_that_cannot_be_compared_do_not_share_a_file(base, out, tmp_path, pretended):
-    changed = tmp_path / "tiny.npz"
+    changed = tmp_path / "tiny.safetensors"
     save_model(changed, minilora.checkpoint.load_model(base))
     with ThreadPoolExecutor(1) as executor:
         sweep(small(changed), executor, out)

@@ -128,8 +128,8 @@ def test_what_was_trained_on_the_gpu_is_loaded_on_the_cpu(cupy, name, tmp_path):
 
 def test_a_base_model_saved_from_the_gpu(cupy, tmp_path):
     gpt = model(np.float32, "cuda")
-    save_model(tmp_path / "base.npz", gpt)
-    for key, p in weights(load_model(tmp_path / "base.npz")).items():
+    save_model(tmp_path / "base.safetensors", gpt)
+    for key, p in weights(load_model(tmp_path / "base.safetensors")).items():
         assert np.array_equal(p, to_host(weights(gpt)[key]))
 
 
