@@ -36,7 +36,7 @@ from minilora.ledger import audit
 from minilora.nn import Module
 from minilora.train import accumulate, training_step
 
-TITLES = {"tiny": "The shipped model's shape, batch 8", "M": "M: the same, batch 16"}
+TITLES = {"tiny": "The shipped model's shape, batch 8", "M": "Size M, batch 16"}
 STEPS, MIB, CLOSE = 5, 2**20, 1e-4
 
 
@@ -278,8 +278,9 @@ def tables(report):
     """The tables of the page, in Markdown, with what they depend on."""
     lines = []
     for size, result in report["sizes"].items():
-        _, T, d, layers, heads, batch = result["shape"]
-        lines += [f"**{TITLES[size]}** ({layers} layers, d {d}, {heads} heads, T {T}: N = {batch * T:,} tokens)", ""]
+        vocabulary, T, d, layers, heads, batch = result["shape"]
+        shape = f"{layers} layers, d {d}, {heads} heads, T {T}, {vocabulary} characters: N = {batch * T:,} tokens"
+        lines += [f"**{TITLES[size]}** ({shape})", ""]
         lines += [
             "| | kept, MiB | ÷ LoRA | the allocator, MiB | peak, MiB | step ÷ LoRA | gradient off by |",
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -27,7 +27,7 @@ from minilora.backend import keep_heap
 from minilora.engine import Operation
 from minilora.train import training_step
 
-PARTS = {  # part: its colour; dark where BLAS is at work
+PARTS = {  # part: its colour
     "linears: wide products": "#0072B2",
     "linears: low-rank products": "#3D94C9",
     "linears: the rest": "#9CCBE8",
@@ -40,6 +40,7 @@ PARTS = {  # part: its colour; dark where BLAS is at work
     "optimizer": "#F0E442",
     "all else": "#BBBBBB",
 }
+PRODUCTS = [part for part in PARTS if part.endswith("products")]  # BLAS, and nothing else
 OPERATIONS = {  # an operation that is not here is part of all else
     "attention": "attention",
     "gelu": "GELU",
@@ -134,10 +135,12 @@ def print_table(profiles):
 
 
 def picture(profiles, threads):
-    """A stacked bar for each size, in per cent of its step."""
+    """A stacked bar for each size, in per cent of its step; the products, hatched, come first."""
     from matplotlib import rc_context
 
-    with rc_context(plots.STYLE):
+    parts = {part: PARTS[part] for part in (*PRODUCTS, *PARTS)}
+    look = lambda part: {"color": parts[part], "edgecolor": "white", "hatch": "///" if part in PRODUCTS else None}
+    with rc_context({**plots.STYLE, "hatch.linewidth": 0.7}):
         figure = plots.new_figure(8, 2.2 + 0.62 * len(profiles))
         axes = figure.subplots()
         labels = []
@@ -145,20 +148,21 @@ def picture(profiles, threads):
             total, left = sum(ms.values()), 0.0
             _, T, d, layers, _, batch = SIZES[size]
             labels.append(f"{size}: {total:.0f} ms\nd {d}, {layers} layers\nT {T}, batch {batch}")
-            for part, colour in PARTS.items():
+            for part, colour in parts.items():
                 share = 100 * ms[part] / total
-                axes.barh(row, share, left=left, height=0.74, color=colour, edgecolor="white", linewidth=0.8)
+                axes.barh(row, share, left=left, height=0.74, linewidth=0.8, **look(part))
                 if share >= 3.5:
                     ink = "white" if colour in ("#0072B2", "#3D94C9", "#D55E00", "#009E73") else "black"
-                    axes.text(left + share / 2, row, f"{share:.0f}", ha="center", va="center", color=ink, fontsize=11)
+                    back = {"facecolor": colour, "edgecolor": "none", "pad": 1.5}  # no hatching behind the number
+                    axes.text(left + share / 2, row, f"{share:.0f}", ha="center", va="center", color=ink, bbox=back)
                 left += share
         axes.set_yticks(range(len(profiles)), labels, fontsize=9)
         axes.set(xlim=(0, 100), ylim=(len(profiles) - 0.5, -0.5), xlabel="% of the step")
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         axes.set_title(f"Where a LoRA step goes, {threads} thread{'s' if threads > 1 else ''}")
-        handles = [axes.barh(0, 0, color=colour) for colour in PARTS.values()]
-        figure.legend(handles, PARTS, loc="outside lower center", ncols=3, fontsize=9.5, handlelength=1.2)
+        handles = [axes.barh(0, 0, **look(part)) for part in parts]
+        figure.legend(handles, parts, loc="outside lower center", ncols=3, fontsize=9.5, handlelength=1.2)
         return figure
 
 

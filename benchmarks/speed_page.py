@@ -28,8 +28,11 @@ def versus(seen):
     under = f"Of the peak, the imports alone are {imports['minilora']:.0f} MB and {imports['torch']:.0f} MB."
     startup = f"From before the import to the end of the first training step (S): minilora {start['minilora']:.2f} s, "
     return {
+        "sizes": report.sizes(dict.fromkeys(row["size"] for row in rows)),
         "steps": f"{report.steps(rows)}\n\n{facts(seen['machine'])} Command: `{seen['command']}`.",
+        "others": report.others([row for row in rows if row["method"] == "lora"]),
         "forward": report.forward([row for row in rows if "forward_ms" in row]),
+        "generation": report.generation([row for row in rows if "forward_ms" in row]),
         "memory": f"{report.memory(rows)}\n\n{under}",
         "startup": f"{startup}PyTorch + PEFT {start['torch']:.2f} s.",
     }
@@ -51,7 +54,10 @@ def profile(seen):
         for size in sizes
         for text in (f"{seen['ms'][size][part]:.1f}", f"{100 * seen['ms'][size][part] / total[size]:.0f}")
     ]
-    return report.table(heads, [[part, *cells(part)] for part in seen["ms"][sizes[0]]])
+    rows = [[part, *cells(part)] for part in seen["ms"][sizes[0]]]
+    products = {size: sum(ms for part, ms in seen["ms"][size].items() if part.endswith("products")) for size in sizes}
+    bold = [f"**{x}**" for s, ms in products.items() for x in (f"{ms:.1f}", f"{100 * ms / total[s]:.0f}")]
+    return report.table(heads, [*rows, ["**the three products**", *bold]])
 
 
 def operations(seen):
@@ -80,8 +86,9 @@ def sentences(seen):
     peak = [row["peak_mb"]["minilora"] / row["peak_mb"]["torch"] for row in lora]
     compiled = [row["compiled_ratio_quartiles"][1] for row in lora if "compiled_ratio_quartiles" in row]
     start = statistics.median(seen["startup"]["seconds"]["minilora"])
-    text = f"A LoRA step takes {at(1)} of the time of PyTorch + PEFT on one core of an Intel CPU, {at(2)} on two,\n"
-    text += f"with {100 * min(peak):.0f} to {100 * max(peak):.0f} % of the peak memory; from `import` to the end of "
+    text = f"A LoRA step takes {at(1)} of the time of PyTorch + PEFT on one core of an Intel CPU, {at(2)} on two.\n"
+    text += f"One process takes {100 * min(peak):.0f} to {100 * max(peak):.0f} % of the peak memory; "
+    text += "from `import` to the end of "
     text += f"the first step it is {start:.2f} s.\n"
     if compiled:
         text += f"Beside PyTorch at its best (`torch.compile`, fused AdamW) it is {min(compiled):.2f} to "

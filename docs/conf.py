@@ -3,13 +3,21 @@
 The notebooks are run while the site is built, and a warning is an error.
 """
 
+import contextlib
 import importlib
 import inspect
+import io
+import json
 import os
 import re
 import shutil
 from importlib import metadata
 from pathlib import Path
+
+from docutils import nodes
+from sphinx import addnodes
+
+from minilora.cli import build_parser
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -52,6 +60,7 @@ nb_execution_raise_on_error = True
 nb_execution_excludepatterns = ["*.md"]  # the pages' own code blocks are run by the tests
 nb_execution_cache_path = str(HERE / "_build" / "notebook-cache")
 nb_merge_streams = True
+os.environ["TQDM_DISABLE"] = "1"  # for the kernels: on a page a progress bar is a heap of lines
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -68,18 +77,92 @@ def bring_in(app):
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         text = path.read_text(encoding="utf-8").replace("](../docs/", "](../")
         text = re.sub(r"\[!\[([^]]*)\]\(https://colab[^)]*\)\]", r"[\1]", text)  # the badge's picture is elsewhere
-        (target / path.name).write_text(with_links_to_code(text), encoding="utf-8")
+        (target / path.name).write_text(with_alt_texts(with_links_to_code(text)), encoding="utf-8")
+
+
+def with_alt_texts(text: str) -> str:
+    """A notebook whose figures keep their alt texts: MyST asks the cell for them, and plots.show() gives them to the
+    output."""
+    notebook = json.loads(text)
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", ()):
+            if alt := output.get("metadata", {}).get("image/png", output.get("metadata", {})).get("alt"):
+                cell["metadata"]["mystnb"] = {"image": {"alt": alt}}
+    return json.dumps(notebook)
 
 
 def with_links_to_code(text: str) -> str:
     """Links to files that are no pages lead to the repository: on GitHub they work as they are, here they would not."""
+    text = re.sub(r"\]\(((?:\.\./)*)\.\./notebooks/", r"](\1notebooks/", text)  # they are brought in, below docs/
     outside = "|".join(("minilora", "benchmarks", "tests", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"))
     return re.sub(rf"\]\((?:\.\./)+((?:{outside})[^)]*)\)", rf"]({REPOSITORY}/blob/main/\1)", text)
 
 
 def rewrite(app, name, source):
     if not name.startswith("notebooks/"):
-        source[0] = with_links_to_code(source[0])
+        source[0] = with_help(with_links_to_code(source[0]))
+
+
+def with_help(text: str) -> str:
+    """What each ``<!-- minilora … --help -->`` prints, in its place."""
+    return re.sub(r"<!-- minilora (.*) -->", lambda found: f"```text\n{printed_help(found[1].split())}```", text)
+
+
+def printed_help(words) -> str:
+    os.environ["COLUMNS"] = "90"  # the width that argparse writes for
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        build_parser(words).parse_args(words)
+    return printed.getvalue()
+
+
+EQUATION = re.compile(r"\s*(?:[FBUI]\d+  |\w+ ← )")
+
+
+def keep_equations(app, what, name, obj, options, lines):
+    """Docstrings have equations one below the other, which a paragraph would run together: make each run a table."""
+    found, run = [], []
+    for line in [*lines, ""]:
+        if EQUATION.match(line):
+            run.append(re.split(r",?\s{2,}", line.strip()))
+            continue
+        if run:
+            found += ["", *equation_table(run), ""]
+            run = []
+        found.append(line)
+    lines[:] = found[:-1]
+
+
+def equation_table(rows: list[list[str]]) -> list[str]:
+    """reST for rows of a tag, an equation as code, and shapes or reasons; all but the equation may be missing."""
+    width, table = max(map(len, rows)), [".. list-table::", ""]
+    for row in rows:
+        at = int(bool(re.fullmatch(r"[FBUI]\d+", row[0])))
+        cells = row[:at] + [f"``{row[at]}``"] + row[at + 1 :] + [""] * (width - len(row))
+        table += [f"   {'* -' if i == 0 else '  -'} {cell}".rstrip() for i, cell in enumerate(cells)]
+    return table
+
+
+SHAPE = re.compile(r"(\w*\([^()]*\))")
+
+
+def keep_shapes_whole(app, doctree):
+    """Mark short code in tables, and shapes such as (d_out, d_in); the style sheet keeps them on one line."""
+    for cell in doctree.findall(nodes.entry):
+        for code in cell.findall(nodes.literal):
+            text = code.astext()
+            code.children = []
+            for part in [text] if len(text) <= 14 else filter(None, SHAPE.split(text)):
+                whole = len(text) <= 14 or (len(part) <= 24 and SHAPE.fullmatch(part))
+                code += nodes.inline(part, part, classes=["whole"]) if whole else nodes.Text(part)
+
+
+def open_images(app, doctree, page):
+    """A link from a picture to itself opens it; Sphinx would have it downloaded."""
+    for link in list(doctree.findall(addnodes.download_reference)):
+        for image in link.findall(nodes.image):
+            file = f"{app.builder.imagedir}/{app.env.images[image['uri']][1]}"
+            link.replace_self(nodes.reference("", "", image, refuri="../" * page.count("/") + file, internal=True))
 
 
 def linkcode_resolve(domain, info):
@@ -98,3 +181,6 @@ def linkcode_resolve(domain, info):
 def setup(app):
     app.connect("builder-inited", bring_in)
     app.connect("source-read", rewrite)
+    app.connect("autodoc-process-docstring", keep_equations)
+    app.connect("doctree-read", keep_shapes_whole)
+    app.connect("doctree-resolved", open_images)

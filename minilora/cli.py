@@ -36,6 +36,14 @@ def main(argv=None) -> int:
         return 0
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one; an option without says in its own words what happens."""
+
+    def _get_help_string(self, action):
+        nothing = action.default is False or action.default in (None, [])
+        return action.help if nothing else super()._get_help_string(action)
+
+
 def build_parser(argv) -> argparse.ArgumentParser:
     """The parser; a method's own fields become flags of ``train`` once its name is on the command line."""
     parser = argparse.ArgumentParser(
@@ -46,7 +54,7 @@ def build_parser(argv) -> argparse.ArgumentParser:
 
     def command(name, run, help):
         sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+                                  formatter_class=Help)  # fmt: skip
         sub.set_defaults(run=run)
         return sub
 

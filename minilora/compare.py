@@ -28,6 +28,7 @@ ROW_KEYS = [
 ]
 PROMPT = "Enter Macbeth and his Lady.\n\n"
 SAMPLE_TOKENS = 320
+PASSAGES, GLANCE = 128, 16  # of a held-out text, for its loss; of B, for the curve during training
 
 
 class Task:
@@ -45,9 +46,9 @@ class Task:
         a, b, context = load_corpus("modern"), load_corpus("folio"), self.model.config.n_positions
         b = split_text(b.train) if selection else b
         self.train_ids = self.tokenizer.encode(b.train)
-        self.held_out_a = fixed_batches(self.tokenizer.encode(a.val), 32, context, limit=128)
-        self.held_out_b = fixed_batches(self.tokenizer.encode(b.val), 32, context, limit=128)
-        self.glance_b = [tuple(a[:16] for a in self.held_out_b[0])]  # for the curve during training
+        self.held_out_a = fixed_batches(self.tokenizer.encode(a.val), 32, context, limit=PASSAGES)
+        self.held_out_b = fixed_batches(self.tokenizer.encode(b.val), 32, context, limit=PASSAGES)
+        self.glance_b = [tuple(a[:GLANCE] for a in self.held_out_b[0])]
 
     def losses(self, model) -> tuple[float, float]:
         """Held-out loss on A and on B, in nats per character."""
@@ -62,8 +63,13 @@ def write_sample(model, tokenizer, seed, prompt=PROMPT) -> str:
 
 def learning_rate(method: str) -> float:
     """The rate recorded for ``method`` in learning_rates.json, or the file's default for one that is not there."""
-    rates = json.loads((resources.files("minilora") / "learning_rates.json").read_text())
+    rates = recorded_rates()
     return rates["methods"].get(method, rates["default"])
+
+
+def recorded_rates() -> dict:
+    """learning_rates.json: the best rate of the recorded sweep by method, and a default for all others."""
+    return json.loads((resources.files("minilora") / "learning_rates.json").read_text())
 
 
 def tune(task: Task, method, steps, lr, batch, seed, progress=None, workers=1):
@@ -111,7 +117,7 @@ def compare(
     loss_a, loss_b = task.losses(task.model)
     rates = {name: learning_rate(name) if lr is None else lr for name in names}
     samples, rows, curves = {"before": write_sample(task.model, task.tokenizer, seed)}, [], {}
-    report(f"Base model: {loss_a:.3f} on modern spelling (A), {loss_b:.3f} on the Folio (B), nats per character.")
+    report(f"Base model: {loss_b:.3f} on the Folio, {loss_a:.3f} on modern spelling, nats per character.")
     for name, method in zip(names, chosen, strict=True):
         model, history, curves[name] = tune(task, method, steps, rates[name], batch, seed, progress, workers)
         trainable, total = count_parameters(model)
@@ -120,7 +126,7 @@ def compare(
         values = [name, trainable, 100 * trainable / total, loss_b, after_b, loss_a, after_a, history.kept_bytes,
                   history.seconds_per_step, history.tokens_per_second, steps, seed]  # fmt: skip
         rows.append(dict(zip(ROW_KEYS, values, strict=True)))
-        report(f"{name}: {after_b:.3f} on B after {steps} steps, {history.seconds_per_step * 1e3:.0f} ms each.")
+        report(f"{name}: {after_b:.3f} on the Folio after {steps} steps, {history.seconds_per_step * 1e3:.0f} ms each.")
 
     result = {
         "settings": {
@@ -149,11 +155,11 @@ def save(folder, result: dict) -> None:
 
 
 def table(rows) -> str:
-    """The rows as a Markdown table that is aligned for a terminal as well."""
-    head = ["method", "trainable", "%", "loss B", "→ after", "loss A", "→ after", "kept MiB", "ms/step", "tok/s"]
-    lines = [
-        [r["method"], f"{r['trainable']:,}", f"{r['trainable_percent']:.2f}", f"{r['loss_b_before']:.3f}",
-         f"{r['loss_b_after']:.3f}", f"{r['loss_a_before']:.3f}", f"{r['loss_a_after']:.3f}",
+    """The rows as a Markdown table that is aligned for a terminal as well; the first is the base model's."""
+    head = ["method", "trainable", "%", "loss, Folio", "loss, modern", "kept MiB", "ms/step", "tok/s"]
+    losses = lambda row, when: [f"{row[f'loss_{text}_{when}']:.3f}" for text in "ba"]
+    lines = [["before", "", "", *losses(rows[0], "before"), "", "", ""]] + [
+        [r["method"], f"{r['trainable']:,}", f"{r['trainable_percent']:.2f}", *losses(r, "after"),
          f"{r['kept_bytes'] / 2**20:.1f}", f"{r['seconds_per_step'] * 1e3:.0f}", f"{r['tokens_per_second']:,.0f}"]
         for r in rows
     ]  # fmt: skip
@@ -174,33 +180,53 @@ def side_by_side(left_title, left, right_title, right, width=58) -> str:
 
 
 def page(result: dict) -> str:
-    """compare.md: the table, how to read it, and a sample of text from each model."""
-    s, samples = result["settings"], result["samples"]
-    number = lambda v: f"{v:g}" if isinstance(v, float) else str(v)
-    rates = "; ".join(
-        ", ".join([f"{name} lr {rate:g}", *(f"{k} {number(v)}" for k, v in s["options"][name].items())])
-        for name, rate in s["learning_rates"].items()
-    )
+    """compare.md: how to read the table, the table, the settings, and a sample of text from each model."""
+    s, rows = result["settings"], result["rows"]
     lines = [
-        "# One model, one text, every method",
+        f"# One model, two spellings, {len(rows)} method{'s' * (len(rows) > 1)}",
         "",
-        table(result["rows"]),
+        "The base model has read Shakespeare in modern spelling. With each method it is tuned on the spelling of the",
+        "First Folio of 1623, by the same passages in the same order; `minilora compare` does it all, and writes this",
+        "page. The losses are in nats per character, on Macbeth in either spelling, which no training text holds:",
+        "lower on the Folio is learning, higher on modern text is forgetting.",
         "",
-        "A is Shakespeare in modern spelling, on which the base model was trained; B is the First Folio's spelling",
-        "of 1623, on which it is tuned. Loss is in nats per character on Macbeth, which is held out of both: lower",
-        "on B is learning, higher on A is forgetting. Kept: what backward needs. ms/step: median of a whole step.",
+        "[![Loss while training, learning against forgetting, and three costs, by method](compare.png)](compare.png)",
         "",
-        f"{result['rows'][0]['steps']} steps of {s['batch']} × {s['context']} characters, seed "
-        f"{result['rows'][0]['seed']}, {s['device']}, workers: {s['workers']}, {s['date']}, "
-        f"Python {s['python']}, NumPy {s['numpy']}.",
+        f"*Upper left: the loss while training, on {GLANCE} passages; the table's, on up to {PASSAGES}, is another.",
+        "Upper right: the two losses of the table; lower left is better. Below: the costs.*",
         "",
-        f"Settings: {rates}.",
+        "- *trainable*: numbers that are trained. *%*: of all that the adapted model holds: the base model's own, and",
+        "  what the method adds, trained or not. `full` adds a trained copy of each weight, and Delta-LoRA a second",
+        "  A and B, as they were a step ago.",
+        "- *kept*: bytes that a step's forward pass keeps for backward.",
+        "- *ms/step*: the median of a whole step; *tok/s*: characters per second, by the same median.",
         "",
-        "![Comparison of the methods](compare.png)",
+        table(rows),
+        "",
+        f"{rows[0]['steps']} steps of {s['batch']} × {s['context']} characters, seed {rows[0]['seed']}, {s['device']}, "
+        f"workers: {s['workers']}, {s['date']}, Python {s['python']}, NumPy {s['numpy']}.",
+        "",
+        "## Settings",
+        "",
+        "AdamW with 20 steps of warm-up, or a fifth of all if that is less, then a cosine; the gradient's norm is cut",
+        "off at 1. ★: the best learning rate of the method's recorded sweep (`minilora sweep`).",
+        "",
+        *_settings(s),
         "",
         "## The same prompt, the same seed, before and after",
         "",
     ]
-    for name, text in samples.items():
+    for name, text in result["samples"].items():
         lines += [f"**{name}**", "", "```text", s["prompt"] + text, "```", ""]
     return "\n".join(lines)
+
+
+def _settings(settings) -> list[str]:
+    """The lines of a table: what each method was run with."""
+    swept = recorded_rates()["methods"]
+    lines = ["| method | learning rate | options |", "| --- | ---: | --- |"]
+    for name, rate in settings["learning_rates"].items():
+        options = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings["options"][name].items()]
+        star = " ★" if rate == swept.get(name) else ""
+        lines.append(f"| {name} | {rate:g}{star} | {', '.join(options) or '–'} |")
+    return lines

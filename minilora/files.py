@@ -188,9 +188,10 @@ class TensorFile:
     """A safetensors file whose header has been checked, and whose arrays are read one by one after check().
 
     ``metadata``: {str: str}; ``tensors``: {name: (dtype, shape, offset in the file)}. Raises ``error``, a FormatError,
-    that names file, tensor and rule, for anything that the format or the caps above do not allow, before any array is
-    read: https://github.com/huggingface/safetensors, section "Format". ``unread``: a function of a name that is true
-    of tensors to pass over; they must lie in the file as the format says, and are not in ``tensors``.
+    that names file, tensor and rule, for anything that the format does not allow, a header above 1 MiB or more than
+    10,000 tensors, before any array is read: https://github.com/huggingface/safetensors, section "Format". ``unread``:
+    a function of a name that is true of tensors to pass over; they must lie in the file as the format says, and are not
+    in ``tensors``.
     """
 
     def __init__(self, path, what="a safetensors file", error=FormatError, unread=lambda name: False):

@@ -124,8 +124,8 @@ class GPT(Module):
     def recompute(self, *names):
         """Compute these again in backward instead of keeping them; without names, keep everything. Returns the model.
 
-        ``"layer_norm"`` and ``"gelu"``: their outputs; ``"attention"``: its probabilities. The gradients are the same
-        to the last bit, memory is less and a step takes longer. Raises InputError for another name.
+        ``"layer_norm"`` and ``"gelu"``: their outputs; ``"attention"``: its probabilities. The gradients are the same,
+        on the CPU to the last bit; memory is less and a step takes longer. Raises InputError for another name.
         """
         for name in names:
             if name not in RECOMPUTED:

@@ -23,7 +23,7 @@ class Row:
     """The verdict on one array by one method: worst entry, both values there, and a guess at what is wrong."""
 
     array: str
-    method: str  # "central" or "complex"
+    method: str  # "central" or "complex"; "shape" where the gradient's shape is wrong and no number is compared
     ok: bool
     error: float  # largest difference, relative to the largest numeric entry
     worst: tuple  # index of the worst entry; the direction's number where directions were taken
@@ -55,10 +55,12 @@ class Report:
     def __str__(self):
         lines = [f"{'ok  ' if self else 'FAIL'} {self.title}"]
         for r in self.rows:
-            line = f"  {'ok  ' if r.ok else 'FAIL'} {r.array:<8} {r.method:<8} relative error {r.error:.1e}"
-            if not r.ok:
-                line += f", worst at {list(r.worst)}: analytic {r.analytic:+.6e}, numeric {r.numeric:+.6e}"
-            lines.append(line + (f"\n       {r.advice}" if r.advice else ""))
+            line = f"  {'ok  ' if r.ok else 'FAIL'} {r.array:<8} {r.method:<8}"
+            if r.method != "shape":
+                line += f" relative error {r.error:.1e}"
+                if not r.ok:
+                    line += f", worst at {list(r.worst)}: analytic {r.analytic:+.6e}, numeric {r.numeric:+.6e}"
+            lines.append(line.rstrip() + (f"\n       {r.advice}" if r.advice else ""))
         return "\n".join(lines)
 
 

@@ -103,8 +103,11 @@ class SGD(Optimizer):
 class AdamW(Optimizer):
     """Adam with decoupled weight decay.   Kingma & Ba 2014, arXiv 1412.6980; Loshchilov & Hutter 2017, 1711.05101
 
-    m ← β₁ m + (1 − β₁) g       v ← β₂ v + (1 − β₂) g²
-    w ← w − lr · m̂ / (√v̂ + eps),   m̂ = m / (1 − β₁ᵗ),   v̂ = v / (1 − β₂ᵗ)
+    m ← β₁ m + (1 − β₁) g
+    v ← β₂ v + (1 − β₂) g²
+    w ← (1 − lr · weight_decay) w − lr · m̂ / (√v̂ + eps)
+
+    with m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ) in step t. ``weight_decay`` acts on matrices, not on vectors.
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, clip=None):

@@ -44,6 +44,7 @@ class History:
 
     @property
     def tokens_per_second(self) -> float:
+        """Of a step that takes the median time."""
         return self.tokens_per_step / self.seconds_per_step
 
 

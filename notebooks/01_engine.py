@@ -43,7 +43,7 @@ from minilora import plots
 from minilora.engine import nodes_of
 from minilora.exercises import assess
 from minilora.gradcheck import gradcheck
-from minilora.ledger import kept_bytes, ledger
+from minilora.ledger import kept_bytes
 
 rng = np.random.default_rng(0)
 
@@ -73,7 +73,9 @@ class Tensor:
         self.node = Node() if node is None else node
 
     def __add__(self, other):
-        return Tensor(self.data + other.data, Node((self.node, other.node), lambda dy: (dy, dy)))
+        return Tensor(
+            self.data + other.data, Node((self.node, other.node), lambda dy: (dy, dy))
+        )
 
     def __mul__(self, other):
         a, b = self.data, other.data
@@ -89,7 +91,9 @@ class Tensor:
 
     def sum(self):
         shape = self.data.shape
-        return Tensor(self.data.sum(), Node((self.node,), lambda dy: (np.broadcast_to(dy, shape),)))
+        return Tensor(
+            self.data.sum(), Node((self.node,), lambda dy: (np.broadcast_to(dy, shape),))
+        )
 
 
 # %% [markdown]
@@ -100,11 +104,17 @@ class Tensor:
 # - matmul: $y_{ni} = \sum_k a_{nk} b_{ki}$. $a_{nk}$ reaches $y_{ni}$ for every $i$, through $b_{ki}$, so
 #   $da_{nk} = \sum_i dy_{ni} b_{ki}$, which is $dy\, b^\top$; in the same way $db = a^\top dy$
 # - tanh: $\tanh' = 1 - \tanh^2$, so $da_i = dy_i (1 - y_i^2)$
-# - sum: every entry reaches $L$ with factor 1, so each receives $dy$
+# - sum: every entry reaches $y$ with factor 1, so each receives $dy$
 #
 # ## First try: walk down and write
 #
 # From the loss to its parents, to their parents, and so on.
+#
+# Is it right? `gradcheck` compares every entry with two numeric gradients. *Central differences* take the slope between
+# points on both sides, in the simplest form $(f(x + h) - f(x - h)) / 2h$, and lose digits in the subtraction; the
+# *complex step*, $\mathrm{Im}\, f(x + ih) / h$, subtracts nothing and is exact to rounding. The largest error is given
+# relative to the largest entry, and its *tolerance*, the most that it may be, is $10^{-7}$ for the one and $10^{-12}$
+# for the other.
 
 
 # %%
@@ -119,12 +129,23 @@ def check(f, arrays, backward, title):
     """Our gradient of f(tensors) against central differences and the complex step."""
     leaves = {name: Tensor(array) for name, array in arrays.items()}
     backward(f(**leaves).node)
-    value = lambda **arrays: f(**{name: Tensor(array) for name, array in arrays.items()}).data
-    return gradcheck(value, {name: leaf.node.grad for name, leaf in leaves.items()}, arrays, title)
+    value = lambda **arrays: (
+        f(**{name: Tensor(array) for name, array in arrays.items()}).data
+    )
+    return gradcheck(
+        value, {name: leaf.node.grad for name, leaf in leaves.items()}, arrays, title
+    )
 
 
 x, W = rng.standard_normal((4, 3)), rng.standard_normal((3, 2))
-print(check(lambda x, W: (x @ W).tanh().sum(), {"x": x, "W": W}, backward_that_overwrites, "tanh(x W)"))
+print(
+    check(
+        lambda x, W: (x @ W).tanh().sum(),
+        {"x": x, "W": W},
+        backward_that_overwrites,
+        "tanh(x W)",
+    )
+)
 
 # %% [markdown]
 # It works, so far. Now use a tensor twice.
@@ -136,7 +157,8 @@ print(report)
 # %%
 plots.show(
     plots.gradient_report(report),
-    "Both rows for x are marked wrong: relative errors of 0.5, far to the right of the tolerances",
+    "Both rows for x are marked wrong: relative errors of 0.5, far to the right of the "
+    "tolerances",
 )
 
 # %% [markdown]
@@ -283,7 +305,10 @@ def unbroadcast(grad, shape):
 
 
 def add(a, b):
-    vjp = lambda dy, s=a.data.shape, t=b.data.shape: (unbroadcast(dy, s), unbroadcast(dy, t))
+    vjp = lambda dy, s=a.data.shape, t=b.data.shape: (
+        unbroadcast(dy, s),
+        unbroadcast(dy, t),
+    )
     return Tensor(a.data + b.data, Node((a.node, b.node), vjp))
 
 
@@ -294,7 +319,9 @@ def mul(a, b):
 
 
 Tensor.__add__, Tensor.__mul__ = add, mul
-report = check(affine, {"x": x, "W": W, "b": b}, backward, "tanh(x W + b), gradients summed")
+report = check(
+    affine, {"x": x, "W": W, "b": b}, backward, "tanh(x W + b), gradients summed"
+)
 print(report)
 
 # %%
@@ -304,9 +331,9 @@ plots.show(
 )
 
 # %% [markdown]
-# Worse than a wrong shape is a wrong shape that fits: with a batch of one row, `dy (1, 2)` would be added into `b (2,)`
-# by broadcasting again, and no error would be raised. That is why the check compares shapes before numbers, and why
-# every method of the library is checked at N = 1 too.
+# Worse than a wrong shape is a wrong shape that fits. With a batch of one row, the gradient that nobody summed is
+# `(1, 2)`: all its numbers are right, and `b - lr * db` broadcasts without an error to a bias of shape `(1, 2)`. That is
+# why the check compares shapes before numbers, and why every method of the library is checked at N = 1 too.
 #
 # ## The same in minilora
 #
@@ -323,20 +350,26 @@ ours = [Tensor(a) for a in (x, W, b)]
 theirs = [minilora.Tensor(a, requires_grad=True) for a in (x, W, b)]
 backward(expression(*ours).node)
 result = expression(*theirs)
-kept = ledger(result)
-figure = plots.graph(result, "tanh(x W + b), used three times", names=dict(zip("xWb", theirs, strict=True)))
+figure = plots.graph(
+    result, "tanh(x W + b), used three times", names=dict(zip("xWb", theirs, strict=True))
+)
 minilora.backward(result)
 for name, a, t in zip("xWb", ours, theirs, strict=True):
-    print(f"d{name}: largest relative difference {np.abs(a.node.grad - t.grad).max() / np.abs(t.grad).max():.0e}")
+    print(
+        f"d{name}: largest relative difference "
+        f"{np.abs(a.node.grad - t.grad).max() / np.abs(t.grad).max():.0e}"
+    )
 
 # %%
 plots.show(
     figure,
-    "The graph from the leaves x, W and b at the top to the sum at the bottom; each box lists the arrays it keeps",
+    "The graph from the leaves x, W and b at the top to the sum at the bottom; each box "
+    "lists the arrays it keeps",
 )
 
 # %% [markdown]
-# Green ellipses are leaves, blue boxes operations, and the grey lines below each box are the arrays it keeps. Count the
+# Green ellipses are leaves, blue boxes operations, and the grey lines below each box are the arrays it keeps. They have
+# the operation's own names: `a` is its first input and `b` its second, whatever these are called outside. Count the
 # arrows that leave `tanh`: three, so three gradients are added up there. `add` and `sum` keep nothing.
 #
 # ## A node is not a value
@@ -357,7 +390,7 @@ class HoldingTensor:
 
 
 def megabytes(make):
-    """Memory that the result of ten additions keeps alive beyond the inputs and the result itself."""
+    """What the result of ten additions keeps alive beyond the inputs and itself, in MiB."""
     start = make(np.zeros((256, 512)))
     bias = make(np.zeros(512))
     tracemalloc.start()
@@ -374,7 +407,8 @@ print(f"nodes that hold nodes:        {megabytes(Tensor):.1f} MiB")
 
 # %% [markdown]
 # Nine intermediate results of 1 MiB, for nothing. For LoRA this decides everything: a frozen layer needs its weight for
-# $dx$ but not its input. LoRA-FA's saving would vanish in an engine that holds inputs; notebook 04 measures it.
+# $dx$ but not its input. LoRA-FA, which freezes one of LoRA's two matrices just so that the layer's input need not be
+# kept, would save nothing in an engine that holds inputs; notebook 04 measures what it saves here.
 #
 # ## Operations the size of a layer
 #
@@ -403,7 +437,11 @@ def measure(f):
     return nodes, kept / 2**20, min(seconds) * 1e3, loss.data
 
 
-rows, g, b = rng.standard_normal((1024, 256)), rng.standard_normal(256), rng.standard_normal(256)
+rows, g, b = (
+    rng.standard_normal((1024, 256)),
+    rng.standard_normal(256),
+    rng.standard_normal(256),
+)
 print(f"{'':<12}{'nodes':>6}{'kept, MiB':>12}{'ms':>8}")
 results = []
 for name, f in [("elementary", layer_norm), ("one node", minilora.ops.layer_norm)]:
@@ -413,14 +451,15 @@ for name, f in [("elementary", layer_norm), ("one node", minilora.ops.layer_norm
 print("same result:", np.isclose(*results, rtol=1e-12))
 
 # %% [markdown]
-# The elementary form keeps two arrays of the input's size where one is enough, and passes over memory many more times.
+# The counts include the three leaves and the final sum, so the layer norm itself is 12 nodes or one. The elementary
+# form keeps two arrays of the input's size where one is enough, and passes over memory many more times.
 # And its backward is nowhere to be read. A layer-sized operation is faster, keeps less, and its gradient stands on the
 # page. The price: somebody must derive it, and a check must hold it. That is notebook 02.
 #
 # ## Exercises
 #
-# The first three answers are vjps: each takes $dy$ and what forward saw, and returns the gradients. They are checked by
-# finite differences and the complex step.
+# The first three answers are vjps, as in the engine above: each takes $dy$ and what forward saw, and returns a tuple, the
+# gradient of each input. They are checked by central differences and the complex step.
 
 
 # %%
@@ -447,8 +486,14 @@ def division_vjp(dy, a, b):
 assess(
     "division_vjp",
     division_vjp,
-    ("da: y is linear in a, with the factor 1 / b", lambda f: np.allclose(f(np.ones((3, 4)), p, q)[0], 1 / q)),
-    ("db: d(1/b) = −1/b² db", lambda f: right(lambda a, b: a / b, f, a=p, b=q)),
+    (
+        "da: y is linear in a, with the factor 1 / b",
+        lambda f: np.allclose(f(np.ones((3, 4)), p, q)[0], 1 / q),
+    ),
+    (
+        "db: the slope of 1/b is −1/b², and a stays as a factor",
+        lambda f: right(lambda a, b: a / b, f, a=p, b=q),
+    ),
 )
 
 # %% [markdown]
@@ -473,6 +518,7 @@ def mean_vjp(dy, x):
 assess(
     "mean_vjp",
     mean_vjp,
+    ("a vjp returns a tuple: (dx,)", lambda f: isinstance(f(np.ones(4), p), tuple)),
     ("dx has the shape of x", lambda f: f(np.ones(4), p)[0].shape == p.shape),
     ("each row receives dy / N", lambda f: right(lambda x: x.mean(axis=0), f, x=p)),
 )
@@ -491,23 +537,32 @@ assess(
 
 # %%
 def rows_vjp(dy, x, index):
-    """dx for y = x[index], with dy of y's shape"""
+    """(dx,) for y = x[index], with dy of y's shape; an index has no gradient"""
     ...
 
 
 # %%
-index = np.array([2, 0, 2])
+index = np.array([2, 0, 2, 0, 2])
+ones = np.ones((5, 4))
 expected = np.zeros((3, 4))
-expected[0], expected[2] = 1.0, 2.0
+expected[0], expected[2] = 2.0, 3.0
 assess(
     "rows_vjp",
     rows_vjp,
-    ("a row that nobody looked up receives nothing", lambda f: not f(np.ones((3, 4)), p, index)[1].any()),
+    ("a vjp returns a tuple: (dx,)", lambda f: isinstance(f(ones, p, index), tuple)),
+    ("dx has the shape of x", lambda f: f(ones, p, index)[0].shape == p.shape),
     (
-        "row 2 was looked up twice: dx[index] += dy adds only once",
-        lambda f: np.allclose(f(np.ones((3, 4)), p, index), expected),
+        "a row that nobody looked up receives nothing",
+        lambda f: not f(ones, p, index)[0][1].any(),
     ),
-    ("not right at a random dy", lambda f: right(lambda x: x[index], lambda dy, x: (f(dy, x, index),), x=p)),
+    (
+        "row 2 was looked up three times: dx[index] += dy adds only once",
+        lambda f: np.allclose(f(ones, p, index)[0], expected),
+    ),
+    (
+        "not right at a random dy",
+        lambda f: right(lambda x: x[index], lambda dy, x: f(dy, x, index), x=p),
+    ),
 )
 
 # %% [markdown]
@@ -517,12 +572,12 @@ assess(
 # def rows_vjp(dy, x, index):
 #     dx = np.zeros_like(x)
 #     np.add.at(dx, index, dy)
-#     return dx
+#     return (dx,)
 # ```
 # </details>
 #
 # **4.** The engine itself: from the nodes of a graph, parents before children, and the gradient at the last, return the
-# gradient of each node. A node's gradient must be whole before its vjp is called.
+# gradient of each node. A node's gradient must be whole before its vjp is called, and each vjp is called once.
 
 
 # %%
@@ -532,21 +587,29 @@ def gradients(order, dy):
 
 
 # %%
-def graph_of_three():
+def on_a_graph(f, dy=1.0):
+    """What f finds for a, b and L on a new graph of L = a² + a³, and its calls of vjps."""
     a = Tensor(3.0)
     b = a * a
-    return a, b, b + a * b  # L = a² + a³
+    L = b + a * b
+    order, calls = nodes_below(L.node), []
+    for node in order:
+        if node.vjp is not None:
+            node.vjp = lambda dy, vjp=node.vjp: (calls.append(1), vjp(dy))[1]
+    found = f(order, np.float64(dy))
+    return {name: found[t.node] for name, t in [("a", a), ("b", b), ("L", L)]} | {
+        "calls": len(calls)
+    }
 
 
-a_, b_, L = graph_of_three()
-one = np.float64(1.0)
 assess(
     "gradients",
     gradients,
-    ("the last node receives dy itself", lambda f: f(nodes_below(L.node), one)[L.node] == 1.0),
-    ("dL/db = 1 + a = 4: b is used twice", lambda f: f(nodes_below(L.node), one)[b_.node] == 4.0),
-    ("dL/da = 2a + 3a² = 33", lambda f: f(nodes_below(L.node), one)[a_.node] == 33.0),
-    ("it scales with dy", lambda f: f(nodes_below(L.node), 2 * one)[a_.node] == 66.0),
+    ("the last node receives dy itself", lambda f: on_a_graph(f)["L"] == 1.0),
+    ("dL/db = 1 + a = 4: b is used twice", lambda f: on_a_graph(f)["b"] == 4.0),
+    ("dL/da = 2a + 3a² = 33", lambda f: on_a_graph(f)["a"] == 33.0),
+    ("it scales with dy", lambda f: on_a_graph(f, 2.0)["a"] == 66.0),
+    ("call each vjp once: there are three", lambda f: on_a_graph(f)["calls"] == 3),
 )
 
 # %% [markdown]

@@ -51,7 +51,7 @@ rng = np.random.default_rng(0)
 
 
 def check(forward, backward, title, **arrays):
-    """backward(dy, saved) -> gradients in the order of ``arrays``, against finite differences of forward(**arrays)."""
+    """Check what backward(dy, saved) returns, gradients in the order of ``arrays``."""
     y, saved = forward(**arrays)
     dy = np.random.default_rng(1).standard_normal(y.shape)
     grads = dict(zip(arrays, backward(dy, Saved(saved)), strict=True))
@@ -94,14 +94,20 @@ print(check(linear, linear_backward, "linear", x=draw(N, d), W=draw(3, d), b=dra
 #
 # ## Softmax
 #
-# For one row $P_i = e^{S_i} / Z$ with $Z = \sum_k e^{S_k}$. Both numerator and $Z$ depend on $S_j$:
+# For one row, $P_i = \exp(S_i) / Z$ with $Z = \sum_k \exp(S_k)$. Both numerator and $Z$ depend on $S_j$, the numerator for
+# $i = j$ alone. With $\delta_{ij} = 1$ for $i = j$ and 0 otherwise:
 #
-# $$\frac{\partial P_i}{\partial S_j} = \frac{\delta_{ij} e^{S_i}}{Z} - \frac{e^{S_i}}{Z^2}\, e^{S_j}
-# = P_i (\delta_{ij} - P_j)$$
+# $$\begin{aligned}
+# \frac{\partial P_i}{\partial S_j} &= \frac{\delta_{ij} \exp(S_i)}{Z} - \frac{\exp(S_i)}{Z^2} \exp(S_j) \\
+# &= P_i (\delta_{ij} - P_j)
+# \end{aligned}$$
 #
 # Multiply by $dP_i$ and sum over $i$:
 #
-# $$dS_j = \sum_i dP_i\, P_i (\delta_{ij} - P_j) = P_j \Big(dP_j - \sum_i P_i\, dP_i\Big) \qquad\text{(B3)}$$
+# $$\begin{aligned}
+# dS_j &= \sum_i dP_i\, P_i (\delta_{ij} - P_j) \\
+# &= P_j \Big(dP_j - \sum_i P_i\, dP_i\Big) \quad\text{(B3)}
+# \end{aligned}$$
 #
 # A row of $dP$, less its mean under $P$, weighted by $P$. It sums to zero, as it must: adding a number to all of $S$
 # changes nothing.
@@ -109,7 +115,8 @@ print(check(linear, linear_backward, "linear", x=draw(N, d), W=draw(3, d), b=dra
 
 # %%
 def softmax(S):
-    E = np.exp(S - S.max(axis=-1, keepdims=True))  # shifted, so that exp cannot overflow; the result is the same
+    # shifted, so that exp cannot overflow; the result is the same
+    E = np.exp(S - S.max(axis=-1, keepdims=True))
     P = E / E.sum(axis=-1, keepdims=True)
     return P, {"P": P}
 
@@ -124,10 +131,14 @@ print(check(softmax, softmax_backward, "softmax", S=draw(3, 5)))
 # %% [markdown]
 # ## Attention
 #
-# Per sample and head, with $q, k, v$ `(T, e)` and query $i$ looking at keys $j \le i$:
+# Per sample and head, with $q, k, v$ `(T, e)`, where $e$ is the width of a head, and with query $i$ looking at keys
+# $j \le i$:
 #
-# $$S_{ij} = \tfrac{1}{\sqrt e} \sum_c q_{ic} k_{jc} \;\text{(F1)} \qquad P_i = \mathrm{softmax}_{j \le i}\, S_i
-# \;\text{(F2)} \qquad y_{ic} = \sum_j P_{ij} v_{jc} \;\text{(F3)}$$
+# $$\begin{aligned}
+# S_{ij} &= \tfrac{1}{\sqrt e} \sum_c q_{ic} k_{jc} &\text{(F1)} \\
+# P_i &= \mathrm{softmax}_{j \le i}\, S_i &\text{(F2)} \\
+# y_{ic} &= \sum_j P_{ij} v_{jc} &\text{(F3)}
+# \end{aligned}$$
 #
 # Backwards, from F3 to F1, again by asking who reaches whom:
 #
@@ -166,7 +177,11 @@ def attention_backward(dy, saved):
     return join(dq), join(dk), join(dv)
 
 
-print(check(attention, attention_backward, "attention", q=draw(N, d), k=draw(N, d), v=draw(N, d)))
+print(
+    check(
+        attention, attention_backward, "attention", q=draw(N, d), k=draw(N, d), v=draw(N, d)
+    )
+)
 
 # %% [markdown]
 # `minilora/ops.py` stores $S$ and $P$ transposed and in blocks, and skips the half that the mask hides. The equations
@@ -176,22 +191,31 @@ print(check(attention, attention_backward, "attention", q=draw(N, d), k=draw(N, 
 #
 # Per row, $\mu = \frac1d \sum_j x_j$, and
 #
-# $$r = \Big(\tfrac1d \sum_j (x_j - \mu)^2 + \epsilon\Big)^{-1/2} \;\text{(F1)} \qquad \hat x_j = (x_j - \mu)\, r
-# \;\text{(F2)} \qquad y_j = g_j \hat x_j + b_j \;\text{(F3)}$$
+# $$\begin{aligned}
+# r &= \Big(\tfrac1d \sum_j (x_j - \mu)^2 + \epsilon\Big)^{-1/2} &\text{(F1)} \\
+# \hat x_j &= (x_j - \mu)\, r &\text{(F2)} \\
+# y_j &= g_j \hat x_j + b_j &\text{(F3)}
+# \end{aligned}$$
 #
 # The easy part first: $d\hat x_j = dy_j\, g_j$ (B1), $dg_j = \sum_n dy_{nj} \hat x_{nj}$ (B3), $db_j = \sum_n dy_{nj}$
-# (B4). Then $x_j$ reaches every $\hat x_i$ of its row on three ways: directly, through $\mu$, and through $r$.
+# (B4). Then $x_j$ reaches every $\hat x_i$ of its row in three ways: directly, through $\mu$, and through $r$.
 #
 # - $\partial \mu / \partial x_j = 1/d$
 # - $\partial r / \partial x_j = -\tfrac12 r^3 \cdot \tfrac2d (x_j - \mu) = -\tfrac{1}{d} r^2\, \hat x_j$. (The mean
 #   square depends on $x_j$ through $\mu$ too, but $\sum_i (x_i - \mu) = 0$ makes that part vanish.)
-# - so $\dfrac{\partial \hat x_i}{\partial x_j} = r\,\delta_{ij} - \dfrac{r}{d}
-#   + (x_i - \mu)\Big(-\dfrac1d r^2 \hat x_j\Big) = r \Big(\delta_{ij} - \dfrac1d - \dfrac1d \hat x_i \hat x_j\Big)$
+#
+# Together, by the product rule on F2:
+#
+# $$\begin{aligned}
+# \frac{\partial \hat x_i}{\partial x_j}
+# &= r\,\delta_{ij} - \frac rd - (x_i - \mu)\, \frac1d r^2\, \hat x_j \\
+# &= r \Big(\delta_{ij} - \frac1d - \frac1d \hat x_i \hat x_j\Big)
+# \end{aligned}$$
 #
 # Multiply by $d\hat x_i$, sum over $i$, and the three terms stand there:
 #
 # $$dx_j = r \Big( d\hat x_j - \tfrac1d \sum_i d\hat x_i - \hat x_j \tfrac1d \sum_i d\hat x_i\, \hat x_i \Big)
-# \qquad\text{(B2)}$$
+# \;\text{(B2)}$$
 
 
 # %%
@@ -212,7 +236,9 @@ def layer_norm_backward(dy, saved):
     return dx, dg, db
 
 
-print(check(layer_norm, layer_norm_backward, "layer norm", x=draw(N, d), g=draw(d), b=draw(d)))
+print(
+    check(layer_norm, layer_norm_backward, "layer norm", x=draw(N, d), g=draw(d), b=draw(d))
+)
 
 # %% [markdown]
 # In words: $\hat x$ has mean 0 and a fixed length, whatever $x$ is. So no change of $x$ moves $\hat x$ along the
@@ -223,11 +249,17 @@ print(check(layer_norm, layer_norm_backward, "layer norm", x=draw(N, d), g=draw(
 #
 # GPT-2's form, with $c = \sqrt{2/\pi}$ and $k = 0.044715$:
 #
-# $$t = \tanh\big(c\,(x + k x^3)\big) \;\text{(F1)} \qquad y = \tfrac12 x\,(1 + t) \;\text{(F2)}$$
+# $$\begin{aligned}
+# t &= \tanh\big(c\,(x + k x^3)\big) &\text{(F1)} \\
+# y &= \tfrac12 x\,(1 + t) &\text{(F2)}
+# \end{aligned}$$
 #
-# - product rule on F2: $\;\dfrac{dy}{dx} = \tfrac12 (1 + t) + \tfrac12 x\, \dfrac{dt}{dx}$
-# - $\tanh' = 1 - \tanh^2$, and the inner derivative: $\;\dfrac{dt}{dx} = (1 - t^2)\, c\,(1 + 3 k x^2)$ (B1)
-# - entry by entry, $dx = dy \cdot \dfrac{dy}{dx}$ (B2)
+# An entry of $y$ depends on the same entry of $x$ alone. All that is needed is the slope there, which we call $y'$, so
+# that $dy$ is the gradient that arrives, as everywhere.
+#
+# - $\tanh' = 1 - \tanh^2$, and the inner derivative: $\;t' = (1 - t^2)\, c\,(1 + 3 k x^2)$
+# - the product rule on F2: $\;y' = \tfrac12 (1 + t) + \tfrac12 x\, t'$ (B1)
+# - entry by entry, $dx = dy \cdot y'$ (B2)
 
 
 # %%
@@ -236,7 +268,7 @@ C, K = math.sqrt(2 / math.pi), 0.044715
 
 def gelu(x):
     t = np.tanh(C * (x + K * x * x * x))  # F1
-    slope = (1 + t) / 2 + x / 2 * (1 - t * t) * C * (1 + 3 * K * x * x)  # B1
+    slope = (1 + t) / 2 + x / 2 * (1 - t * t) * C * (1 + 3 * K * x * x)  # y' B1
     return x * (1 + t) / 2, {"slope": slope}  # F2
 
 
@@ -285,17 +317,21 @@ def block_backward(dy, s):
 
     def through(place, backward, dy, names="Wb"):
         dx, *of_parameters = backward(dy, s[place])
-        grads.update((f"{place}.{name}", grad) for name, grad in zip(names, of_parameters, strict=True))
+        grads.update(
+            (f"{place}.{name}", grad)
+            for name, grad in zip(names, of_parameters, strict=True)
+        )
         return dx
 
     da = through("down", linear_backward, dy)  # (N, 4 d)
     du = through("gelu", gelu_backward, da, "")  # (N, 4 d)
     dh = through("up", linear_backward, du)  # (N, d)
-    dx = dy + through("norm2", layer_norm_backward, dh, "gb")  # (N, d): along the residual, and through the branch
+    # along the residual, and through the branch
+    dx = dy + through("norm2", layer_norm_backward, dh, "gb")  # (N, d)
     dz = through("o", linear_backward, dx)  # (N, d)
     dq, dk, dv = attention_backward(dz, s["attention"])  # (N, d) each
-    dh = through("q", linear_backward, dq)  # (N, d)
-    dh = dh + through("k", linear_backward, dk) + through("v", linear_backward, dv)  # (N, d): h has three users
+    dh = through("q", linear_backward, dq)  # (N, d); h has three users
+    dh = dh + through("k", linear_backward, dk) + through("v", linear_backward, dv)
     dx = dx + through("norm1", layer_norm_backward, dh, "gb")  # (N, d)
     return dx, grads
 
@@ -319,16 +355,27 @@ minilora.backward(theirs, dy)
 
 relative = lambda a, b: np.abs(a - b).max() / np.abs(b).max()
 errors = {"dx": relative(dx, x_tensor.grad)}
-errors |= {name: relative(grads[name], parameter.grad) for name, parameter in block.named_parameters()}
+errors |= {
+    name: relative(grads[name], parameter.grad)
+    for name, parameter in block.named_parameters()
+}
 print(f"forward: {relative(ours, theirs.data):.0e}")
-print(f"{len(errors)} gradients: at worst {max(errors.values()):.0e}, in {max(errors, key=errors.get)}")
+print(
+    f"{len(errors)} gradients: at worst {max(errors.values()):.0e}, "
+    f"in {max(errors, key=errors.get)}"
+)
 
 # %% [markdown]
 # The forward pass agrees, and one gradient of seventeen is off by its own size? Look at it before you doubt the rest.
 
 # %%
 del errors["k.b"]
-print("largest entry of dk.b:", f"{np.abs(grads['k.b']).max():.0e};", "of dq.b:", f"{np.abs(grads['q.b']).max():.1f}")
+print(
+    "largest entry of dk.b:",
+    f"{np.abs(grads['k.b']).max():.0e};",
+    "of dq.b:",
+    f"{np.abs(grads['q.b']).max():.1f}",
+)
 print(f"the other {len(errors)}: at worst {max(errors.values()):.0e}")
 assert max(errors.values()) < 1e-12
 
@@ -342,10 +389,20 @@ assert max(errors.values()) < 1e-12
 
 # %%
 names = [name for name in p if name != "k.b"]
-loss = lambda **a: (block_forward(a["x"], {**p, **{n: a[n.replace(".", "_")] for n in names}})[0] * dy).sum()
+loss = lambda **a: (
+    block_forward(a["x"], {**p, **{n: a[n.replace(".", "_")] for n in names}})[0] * dy
+).sum()
 arrays = {"x": x, **{name.replace(".", "_"): p[name] for name in names}}
-report = gradcheck(loss, {"x": dx, **{name.replace(".", "_"): grads[name] for name in names}}, arrays, "block")
-print(f"{len(report.rows)} rows, all right: {bool(report)}; worst relative error {report.worst_error:.0e}")
+report = gradcheck(
+    loss,
+    {"x": dx, **{name.replace(".", "_"): grads[name] for name in names}},
+    arrays,
+    "block",
+)
+print(
+    f"{len(report.rows)} rows, all right: {bool(report)}; worst relative error "
+    f"{report.worst_error:.0e}"
+)
 
 # %% [markdown]
 # ## Broken on purpose
@@ -362,7 +419,11 @@ def without_mean(dy, s):
 
 def without_length(dy, s):
     dx_hat = dy * s.g
-    return s.r * (dx_hat - dx_hat.mean(axis=1, keepdims=True)), (dy * s.x_hat).sum(axis=0), dy.sum(axis=0)
+    return (
+        s.r * (dx_hat - dx_hat.mean(axis=1, keepdims=True)),
+        (dy * s.x_hat).sum(axis=0),
+        dy.sum(axis=0),
+    )
 
 
 def unscaled_attention(dy, s):
@@ -379,70 +440,97 @@ def gelu_without_product_rule(x):
     return x * (1 + t) / 2, {"slope": (1 + t) / 2}
 
 
-norm, three = {"x": draw(N, d), "g": draw(d), "b": draw(d)}, {"q": draw(N, d), "k": draw(N, d), "v": draw(N, d)}
+norm, three = (
+    {"x": draw(N, d), "g": draw(d), "b": draw(d)},
+    {"q": draw(N, d), "k": draw(N, d), "v": draw(N, d)},
+)
 broken = {
     "layer norm: mean forgotten": check(layer_norm, without_mean, "", **norm),
-    "layer norm: x̂ term forgotten": check(layer_norm, without_length, "", **norm),
+    "layer norm: x_hat term forgotten": check(layer_norm, without_length, "", **norm),
     "attention: dq without 1/√e": check(attention, unscaled_attention, "", **three),
     "softmax: mean forgotten": check(softmax, softmax_without_mean, "", S=draw(3, 5)),
-    "gelu: product rule forgotten": check(gelu_without_product_rule, gelu_backward, "", x=2 * draw(N, d)),
+    "gelu: product rule forgotten": check(
+        gelu_without_product_rule, gelu_backward, "", x=2 * draw(N, d)
+    ),
 }
 for name, result in broken.items():
     wrong = next(row for row in result.rows if not row.ok)
-    print(f"{name:<32}{wrong.array}  {wrong.advice}")
+    print(f"{name:<34}{wrong.array}  {wrong.advice}")
 
 # %%
 plots.show(
-    plots.bars({name: result.worst_error for name, result in broken.items()}, "Five forgotten terms", "relative error"),
-    "Bars of the relative error for five broken lines, between 0.3 and 1; a right line would be below 1e-11",
+    plots.bars(
+        {name: result.worst_error for name, result in broken.items()},
+        "Five forgotten terms",
+        "relative error",
+    ),
+    "Bars of the relative error for five broken lines, between 0.3 and 1; a right line "
+    "would be below 1e-11",
 )
 
 # %% [markdown]
 # Each is far from right, and none would have crashed: training goes on with such gradients, only worse. A constant
-# factor is named exactly; a missing term is given by its size.
+# factor is named exactly; a missing term is given by its size. (The two numbers for one mistake differ. The report
+# compares lengths: that of all that is missing with that of the gradient. A bar is about one entry: the largest error,
+# relative to the gradient's largest entry.)
 #
 # ## What the heads look at
 #
-# The forward above runs the shipped model too. Here are the $P$ of one of its blocks, for a line of *Romeo and Juliet*.
+# The forward above runs the shipped model too. Here are the $P$ of one of its blocks, for words from *Romeo and Juliet*.
 
 # %%
 model, tokenizer = minilora.pretrained(), CharTokenizer()
-text = "O Romeo, Romeo, wherefor"
+text = "O Romeo, wherefor"
 ids = tokenizer.encode(text)
 batch, T, heads = 1, len(ids), model.config.n_head  # split() reads these
 stream = model.tokens.data[ids] + model.positions.data[:T]  # (T, d)
 probabilities = []
 for shipped in model.blocks:
-    stream, saved = block_forward(stream, {name: parameter.data for name, parameter in shipped.named_parameters()})
+    stream, saved = block_forward(
+        stream, {name: parameter.data for name, parameter in shipped.named_parameters()}
+    )
     probabilities.append(saved["attention"].P[0])  # (heads, T, T)
-logits = layer_norm(stream, model.norm.g.data, model.norm.b.data)[0] @ model.tokens.data.T  # (T, V)
+logits = (
+    layer_norm(stream, model.norm.g.data, model.norm.b.data)[0] @ model.tokens.data.T
+)  # (T, V)
 with minilora.no_grad():
-    print(f"logits against minilora's, in float32: {relative(logits, model(ids[None]).data):.0e}")
-print("after “wherefor” the likeliest character is", repr(tokenizer.decode(logits[-1:].argmax(axis=1))))
+    print(
+        "logits against minilora's, in float32: "
+        f"{relative(logits, model(ids[None]).data):.0e}"
+    )
+print(
+    "after “wherefor” the likeliest character is",
+    repr(tokenizer.decode(logits[-1:].argmax(axis=1))),
+)
 
 # %%
 plots.show(
     plots.attention(probabilities[0], text, "Block 0 of the shipped model"),
-    "Attention of four heads: heads 0, 1 and 3 are dark one to three places below the diagonal, head 2 not",
+    "Attention of four heads: heads 0, 1 and 3 are dark one to three places below the "
+    "diagonal, head 2 not",
 )
 
 # %% [markdown]
-# Above the diagonal all is white: nobody sees the future. Three heads look a fixed number of characters back, and head
-# 2 at capital letters and commas. How far back is the distance from the query to its largest $P$:
+# Above the diagonal all is zero: nobody sees the future. Three heads look a fixed number of characters back. Head 2
+# looks at certain characters, most often at the capitals *O* and *R*. How far back a query looks is the distance to its
+# largest $P$:
 
 # %%
 for head, P in enumerate(probabilities[0]):
     back = np.arange(T) - P.argmax(axis=1)
     common = np.bincount(back).argmax()
-    print(f"head {head}: most often {common} back, for {(back == common).sum()} of {T} queries")
+    print(
+        f"head {head}: most often {common} back, "
+        f"for {(back == common).sum()} of {T} queries"
+    )
 
 # %% [markdown]
-# So the first block hands each character its three predecessors, each in an own head.
+# So the first block hands each character its three predecessors, each in a head of its own.
 #
 # ## A weight that is used twice
 #
-# GPT-2 reads its embedding $E$ `(V, d)` at both ends: $x_n = E_{k_n}$ at the bottom, logits $= h E^\top$ at the top. By
-# the sum over users, $E$ receives both gradients:
+# GPT-2 reads its embedding $E$ `(V, d)` at both ends: at the bottom $x_n = E_{k_n}$ plus the embedding of the position,
+# at the top logits $= h E^\top$. By the sum over users, $E$ receives both gradients:
 #
 # $$dE_{v} = \underbrace{\sum_n d\text{logits}_{nv}\, h_n}_{\text{as output}} +
 # \underbrace{\sum_{n:\,k_n = v} dx_n}_{\text{as input}}$$
@@ -462,7 +550,9 @@ def untied_gradients():
     """The gradients of E as input and of its copy as output."""
     E, top = (minilora.Tensor(small.tokens.data, requires_grad=True) for _ in range(2))
     where = np.tile(np.arange(6), 3)
-    x = minilora.ops.embedding(E, ids=inputs.ravel()) + minilora.ops.embedding(small.positions, ids=where)
+    x = minilora.ops.embedding(E, ids=inputs.ravel()) + minilora.ops.embedding(
+        small.positions, ids=where
+    )
     logits = minilora.ops.linear(small.norm(small.blocks[0](x, 3)), top, None)
     minilora.backward(minilora.ops.cross_entropy(logits, targets=targets.ravel()))
     return E.grad, top.grad
@@ -473,21 +563,34 @@ lengths = {"as input": as_input, "as output": as_output, "tied": both}
 print(", ".join(f"{name} {np.linalg.norm(grad):.3f}" for name, grad in lengths.items()))
 print(f"their sum against the tied gradient: {relative(as_input + as_output, both):.0e}")
 unread = sorted(set(range(11)) - set(inputs.ravel().tolist()))
-print("tokens that were not read:", unread, "their gradient as input:", np.abs(as_input[unread]).sum())
+print(
+    "tokens that were not read:",
+    unread,
+    "their gradient as input:",
+    np.abs(as_input[unread]).sum(),
+)
 
 # %%
 plots.show(
-    plots.heat_map(both, "The gradient of the tied embedding", "column", "token", unit="dE"),
-    "A matrix of 11 tokens by 8 columns in red and blue, with entries in every row, those of tokens not read included",
+    plots.heat_map(
+        (100 * both).round(1),
+        "The gradient of the tied embedding, in hundredths",
+        "column",
+        "token",
+        unit="100 dE",
+        yticks=range(11),
+    ),
+    "A matrix of 11 tokens by 8 columns in red and blue, with entries in every row, that "
+    "of token 10 included",
 )
 
 # %% [markdown]
-# A token that was never read has a gradient too, from the output side: its logits have to fall, or to rise where it was
-# a target. As input alone, its row would be zero.
+# Token 10 was never read, and its row has a gradient all the same, from the output side: its logits have to fall, or to
+# rise where it was a target. As input alone, its row would be zero.
 #
 # ## Exercises
 #
-# Each answer is checked by finite differences at a random point.
+# The first three answers are checked by finite differences at a random point.
 
 
 # %%
@@ -502,8 +605,8 @@ rows, gain = draw(4, 6), draw(6)
 ones = np.ones((4, 6))
 
 # %% [markdown]
-# **1.** RMS norm, which LLaMA has in place of layer norm: $\hat x = x\, r$ with $r = (\frac1d \sum_j x_j^2 +
-# \epsilon)^{-1/2}$, and $y = g \hat x$. One of the three terms goes away. Which?
+# **1.** RMS norm, which LLaMA has in place of layer norm: $\hat x = x\, r$ and $y = g \hat x$, with
+# $r = (\frac1d \sum_j x_j^2 + \epsilon)^{-1/2}$. One of the three terms goes away. Which?
 
 
 # %%
@@ -520,13 +623,16 @@ def rms_norm_vjp(dy, x, g):
 assess(
     "rms_norm_vjp",
     rms_norm_vjp,
-    ("the shapes are those of x and g", lambda f: [a.shape for a in f(ones, rows, gain)] == [(4, 6), (6,)]),
+    (
+        "the shapes are those of x and g",
+        lambda f: [a.shape for a in f(ones, rows, gain)] == [(4, 6), (6,)],
+    ),
     (
         "dg: g_j is used once by every row",
         lambda f: np.allclose(f(ones, rows, gain)[1], rms_norm(rows, 1.0).sum(axis=0)),
     ),
     (
-        "x has a fixed length after it, so dx is orthogonal to x but for ε",
+        "a longer x gives the same x_hat, but for ε: so dx must be orthogonal to x",
         lambda f: np.abs((f(ones, rows, gain)[0] * rows).sum(axis=1)).max() < 1e-3,
     ),
     ("not right at a random point", lambda f: right(rms_norm, f, x=rows, g=gain)),
@@ -546,7 +652,7 @@ assess(
 # The mean is not subtracted in the forward pass, so its term goes away.
 # </details>
 #
-# **2.** SiLU, $y = x\, \sigma(x)$ with $\sigma(x) = 1/(1 + e^{-x})$ and $\sigma' = \sigma (1 - \sigma)$.
+# **2.** SiLU, $y = x\, \sigma(x)$ with $\sigma(x) = 1/(1 + \exp(-x))$ and $\sigma' = \sigma (1 - \sigma)$.
 
 
 # %%
@@ -577,8 +683,8 @@ assess(
 # ```
 # </details>
 #
-# **3.** Cross-entropy, $L = -\frac1N \sum_n \log p_{n, k_n}$ with $p = \mathrm{softmax}(\text{logits})$. Derive
-# $\partial L / \partial \text{logits}$: use $\log p_k = S_k - \log Z$.
+# **3.** Cross-entropy, $L = -\frac1N \sum_n \log p_{n, k_n}$ with $p = \mathrm{softmax}(S)$ and $S$ the logits. Derive
+# $\partial L / \partial S$: in each row, $\log p_k = S_k - \log Z$.
 
 
 # %%
@@ -594,8 +700,14 @@ assess(
     "cross_entropy_gradient",
     cross_entropy_gradient,
     ("each row sums to zero", lambda f: np.abs(f(rows, targets).sum(axis=1)).max() < 1e-12),
-    ("the target's own entry is negative", lambda f: (f(rows, targets)[np.arange(4), targets] < 0).all()),
-    ("is the mean over N forgotten?", lambda f: right(cross_entropy, lambda dy, S: (dy * f(S, targets),), S=rows)),
+    (
+        "the target's own entry is negative",
+        lambda f: (f(rows, targets)[np.arange(4), targets] < 0).all(),
+    ),
+    (
+        "is the mean over N forgotten?",
+        lambda f: right(cross_entropy, lambda dy, S: (dy * f(S, targets),), S=rows),
+    ),
 )
 
 # %% [markdown]
@@ -625,8 +737,14 @@ np.add.at(wanted, ids, at_input)
 assess(
     "tied_gradient",
     tied_gradient,
-    ("as output alone: dlogitsᵀ h", lambda f: np.allclose(f(dlogits, h, 0 * at_input, ids, 5), dlogits.T @ h)),
-    ("token 1 was read twice and receives twice", lambda f: np.allclose(f(dlogits, h, at_input, ids, 5), wanted)),
+    (
+        "as output alone: dlogitsᵀ h",
+        lambda f: np.allclose(f(dlogits, h, 0 * at_input, ids, 5), dlogits.T @ h),
+    ),
+    (
+        "token 1 was read twice and receives twice",
+        lambda f: np.allclose(f(dlogits, h, at_input, ids, 5), wanted),
+    ),
 )
 
 # %% [markdown]

@@ -44,10 +44,12 @@ from minilora.engine import Tensor
 from minilora.exercises import assess
 from minilora.ledger import audit, kept_bytes, ledger
 from minilora.nn import Linear
-from minilora.trace import show, trace
+from minilora.trace import trace
 
 ids = CharTokenizer().encode(load_corpus("folio").train)
-inputs, targets = next(random_batches(ids, batch=8, context=128, rng=np.random.default_rng(0)))
+inputs, targets = next(
+    random_batches(ids, batch=8, context=128, rng=np.random.default_rng(0))
+)
 rng = np.random.default_rng(0)
 
 batch, T = inputs.shape
@@ -75,8 +77,12 @@ print(f"N = {N} tokens, d = {d}, {heads} heads, {layers} layers, {vocab} charact
 # %%
 def show_kept(title, result, model):
     """What the graph below result keeps for backward, parameters of the model left out."""
-    kept = [f"{e.name} {e.shape} {e.nbytes:,} B" for e in ledger(result, model) if e.nbytes]
-    print(f"{title:<18}", ", ".join(kept) or "nothing")
+    kept = [
+        f"{e.name} {'×'.join(map(str, e.shape))}: {e.nbytes // 1024} KiB"
+        for e in ledger(result, model)
+        if e.nbytes
+    ]
+    print(f"{title:<14}" + (", ".join(kept) or "nothing"))
 
 
 layer = Linear(rng.standard_normal((512, 128)).astype(np.float32))
@@ -99,7 +105,8 @@ show_kept("W is frozen:", layer(x), layer)
 #
 # LoRA-FA freezes $A$: B3 goes, and with it $x$. It still keeps $h = xA^\top$, since B2 needs it and $x$ is no longer
 # there to make it again: N · r numbers. VeRA trains two vectors between frozen matrices, and needs $h$ alone as well.
-# DoRA needs $z = xV^\top$ (N, d_out) on top, for the gradient of its magnitudes (notebook 08).
+# DoRA splits $V = W + sBA$ into the lengths $n$ of its rows and their directions, and trains lengths of its own. For
+# their gradient it needs $z = xV^\top$ (N, d_out) and $n$ (d_out,) on top (notebook 08).
 
 # %%
 for method in ["full", "lora", "lora_fa", "vera", "dora"]:
@@ -108,7 +115,8 @@ for method in ["full", "lora", "lora_fa", "vera", "dora"]:
     show_kept(method, up(Tensor(x.data)), model)
 
 # %% [markdown]
-# Read the first dimension: everything but `n` grows with the number of tokens. $x$ is 16 times as wide as $h$ here.
+# The first dimension is N but for `n`: all else grows with the number of tokens. $x$ is 128 wide, and $h$ as wide as
+# the rank: 8 by default, 64 for VeRA.
 #
 # ## What the other operations need
 #
@@ -135,12 +143,14 @@ for method in ["full", "lora", "lora_fa", "vera", "dora"]:
 
 # %%
 model = minilora.adapt(minilora.pretrained(), "lora", verbose=False)
-steps = trace(model, inputs, targets)
-print(show(steps[11:23]))
+print(f"{'operation':<12}{'layer':<16}{'KiB':>6}   keeps")
+for step in trace(model, inputs, targets)[11:23]:
+    kept = ", ".join(step.saved) or "nothing"
+    print(f"{step.operation:<12}{step.layer:<16}{step.kept_bytes / 1024:>6,.0f}   {kept}")
 
 # %% [markdown]
-# Two things to see. `k` and `v` keep only their h: their x is the array that `q` keeps, and it is counted once. And the
-# frozen output layer, `linear`, is not in the list of this block, but it keeps nothing either.
+# `k` and `v` add 32 KiB each, their h alone: their x is the array that `q` has kept, and counts once. The `g` of a layer
+# norm is a parameter, which is there anyway and adds nothing.
 #
 # ## A naive engine
 #
@@ -161,7 +171,8 @@ def tape_layer_norm(x, g, b):
 
 
 def tape_attention(q, k, v):
-    split = lambda a: a.reshape(batch, T, heads, d // heads).transpose(0, 2, 1, 3)  # (batch, heads, T, e)
+    # to (batch, heads, T, d / heads)
+    split = lambda a: a.reshape(batch, T, heads, d // heads).transpose(0, 2, 1, 3)
     mask = np.where(np.tri(T, dtype=bool), 0.0, -np.inf).astype(np.float32)
     S = split(q) @ split(k).transpose(0, 1, 3, 2) / (d // heads) ** 0.5 + Tensor(mask)
     e = (S - Tensor(S.data.max(axis=-1, keepdims=True))).exp()
@@ -199,18 +210,24 @@ def kept_by(function, *tensors, hold=False):
     return kept_bytes(function(*tensors), model) / (4 * N * d)
 
 
-draw = lambda *shape: Tensor(rng.standard_normal(shape).astype(np.float32), requires_grad=True)
+draw = lambda *shape: Tensor(
+    rng.standard_normal(shape).astype(np.float32), requires_grad=True
+)
 block, wide, narrow = model.blocks[1], draw(N, 4 * d), [draw(N, d) for _ in range(3)]
+norm = block.norm1
+attention = lambda *qkv: ops.attention(*qkv, batch=batch, heads=heads)
 pieces = {
-    "layer norm": (tape_layer_norm, ops.layer_norm, narrow[0], block.norm1.g, block.norm1.b),
-    "attention": (tape_attention, lambda *qkv: ops.attention(*qkv, batch=batch, heads=heads), *narrow),
+    "layer norm": (tape_layer_norm, ops.layer_norm, narrow[0], norm.g, norm.b),
+    "attention": (tape_attention, attention, *narrow),
     "GELU": (tape_gelu, ops.gelu, wide),
     "LoRA on q": (lambda x: tape_lora(x, block.q), block.q, narrow[0]),
 }
-print(f"{'in units of N · d':<20}{'holds every input':>20}{'holds what it needs':>22}{'one node':>12}")
+titles = "holds every input", "holds what it needs", "one node"
+print(f"{'in units of N · d':<20}" + "".join(f"{title:>21}" for title in titles))
 for name, (tape, one_node, *tensors) in pieces.items():
-    row = [kept_by(tape, *tensors, hold=True), kept_by(tape, *tensors), kept_by(one_node, *tensors)]
-    print(f"{name:<20}{row[0]:>20.2f}{row[1]:>22.2f}{row[2]:>12.2f}")
+    held, needed = kept_by(tape, *tensors, hold=True), kept_by(tape, *tensors)
+    row = [held, needed, kept_by(one_node, *tensors)]
+    print(f"{name:<20}" + "".join(f"{multiple:>21.2f}" for multiple in row))
 
 # %% [markdown]
 # One node per layer, with a derivation behind it, keeps a fraction. LoRA itself is the exception: it keeps x and h in
@@ -224,7 +241,9 @@ for name, (tape, one_node, *tensors) in pieces.items():
 
 # %%
 def build(method, recompute=(), target_modules="all-linear", **options):
-    model = minilora.adapt(minilora.pretrained(), method, target_modules, verbose=False, **options)
+    model = minilora.adapt(
+        minilora.pretrained(), method, target_modules, verbose=False, **options
+    )
     return model.recompute(*recompute)
 
 
@@ -241,8 +260,10 @@ def kept_MiB(model, hold=False):
 
 for hold in (True, False):
     lora, lora_fa = (kept_MiB(build(method), hold) for method in ("lora", "lora_fa"))
-    print(f"{'nodes hold their inputs' if hold else 'nodes hold what backward needs':<32}", end="")
-    print(f"LoRA {lora:5.1f} MiB, LoRA-FA {lora_fa:5.1f} MiB: {100 * (1 - lora_fa / lora):.1f} % less")
+    what = "their inputs" if hold else "what backward needs"
+    less = 100 * (1 - lora_fa / lora)
+    print(f"nodes hold {what:<21}", end="")
+    print(f"LoRA {lora:.1f} MiB, LoRA-FA {lora_fa:.1f} MiB: {less:.1f} % less")
 
 # %% [markdown]
 # Where nodes hold inputs, every x stays alive whoever needs it, and LoRA-FA saves nothing at all. The saving is no
@@ -266,14 +287,18 @@ for hold in (True, False):
 #
 # The ¾ is (1 + 64 / T) / 2 at T = 128: attention takes 64 queries at a time, with only the keys that they see. Beside
 # these: 1 / σ (2 N), DoRA's n (9 d), and once for the model the loss, N · (vocabulary + 1) numbers and N targets of 8
-# bytes. With recompute the first block keeps the x of q, k, v, for nothing below it is trained.
+# bytes. With recompute the first block keeps the x of q, k, v, for nothing below it is trained. For the same reason its
+# first norm keeps nothing. The norm behind the last block, which the table leaves out, keeps as much as the first would,
+# so that two norms for each block are right in all.
 
 # %%
 X = {"full": 7, "lora": 7, "lora_fa": 0, "vera": 0, "dora": 7}
 RECOMPUTE = ("layer_norm", "gelu", "attention")
 
 
-def by_hand(method, recompute=False, r=8, N=N, T=T, d=d, heads=heads, layers=layers, vocab=vocab):
+def by_hand(
+    method, recompute=False, r=8, N=N, T=T, d=d, heads=heads, layers=layers, vocab=vocab
+):
     """Bytes kept for backward by one step, by part; adapters on q, k, v, o, up, down."""
     seen = 0 if recompute else (1 + min(1, 64 / T)) / 2
     x = min(X[method], 1) if recompute else X[method]
@@ -321,8 +346,13 @@ for name, method in [("LoRA, inputs held", "lora"), ("LoRA-FA, inputs held", "lo
 for name, (method, recompute) in rows.items():
     table[name] = per_token(by_hand(method, recompute, r=64 if method == "vera" else 8))
 plots.show(
-    plots.stacked_bars(table, unit="KiB kept for backward per token", title="What one step keeps, by who keeps it"),
-    "Stacked bars: full and LoRA are alike, DoRA keeps half as much again, LoRA-FA two thirds, recompute about half.",
+    plots.stacked_bars(
+        table,
+        unit="KiB kept for backward per token",
+        title="What one step keeps, by who keeps it",
+    ),
+    "Stacked bars: full and LoRA are alike, DoRA keeps half as much again, "
+    "LoRA-FA two thirds, recompute about half.",
 )
 
 # %% [markdown]
@@ -341,41 +371,54 @@ for method in ["full", "lora", "lora_fa", "vera"]:
     optimizer = minilora.AdamW(model.trainable(), lr=1e-3)
     state = optimizer.grad.nbytes + optimizer.m.nbytes + optimizer.v.nbytes
     trained, _ = minilora.count_parameters(model)
-    print(f"{method:<10}{trained:>10,}{state / 2**20:>10.2f} MiB{state / trained:>10.0f} B{kept_MiB(model):>16.1f} MiB")
+    per_number, kept = f"{state / trained:.0f} B", f"{kept_MiB(model):.1f} MiB"
+    print(f"{method:<10}{trained:>10,}{state / 2**20:>10.2f} MiB{per_number:>12}{kept:>20}")
 
 # %% [markdown]
-# LoRA takes a tenth of full's 9 MiB of state, and none of its activations. Which of the two weighs more depends on the
-# number of tokens: a large model on few tokens gains much by LoRA, a small model on many tokens gains next to nothing.
+# LoRA needs less than a tenth of full's 9 MiB of state. It saves none of the activations: it keeps all of them, and h as
+# well (39.2 MiB against 38.4). Which of the two weighs more depends on the number of tokens: a large model on few tokens
+# gains much by LoRA, a small model on many tokens gains next to nothing.
 #
-# ## When there is nothing to gain
+# ## When LoRA-FA gains little
 #
-# **1. Which layers.** With adapters on q and v alone, the one array x that they share is all that LoRA adds.
+# **1. Which layers.** LoRA-FA leaves out x. With adapters on q and v alone that is one array for each block, which the
+# two share.
 
 # %%
 for chosen in ("all-linear", ["q", "v"]):
-    kept = {m: kept_MiB(build(m, target_modules=chosen)) for m in ("full", "lora", "lora_fa")}
+    kept = {
+        m: kept_MiB(build(m, target_modules=chosen)) for m in ("full", "lora", "lora_fa")
+    }
     print(f"{chosen!s:<14}", ", ".join(f"{m} {size:.1f} MiB" for m, size in kept.items()))
 
 # %% [markdown]
 # For q and v, LoRA-FA keeps 7 % less than LoRA, where it was 36 % for all six.
 #
-# **2. Long contexts, and large vocabularies.** Neither the P of attention nor the logits know of adapters. Per block
-# and in N d, LoRA over LoRA-FA is $(16 + hT/d)\,/\,(9 + hT/d)$, with h heads, where all of P is kept. For GPT-2's d =
-# 768 and 12 heads at T = 1024, P is 16 N d:
+# **2. Long contexts, and large vocabularies.** The P of attention and the probabilities of the loss are kept whatever
+# the method. With H heads all of P is $HT/d$ in units of N d. Of that our blocks keep the part $p = (1 + 64/T)/2$, so
+# that per block, h left out, LoRA over LoRA-FA is
+#
+# $$\frac{16 + p\,HT/d}{9 + p\,HT/d}.$$
+#
+# GPT-2 has d = 768 and 12 heads; at T = 1024 all of its P is 16 N d:
 
 # %%
-print(f"LoRA ÷ LoRA-FA: {(16 + 16) / (9 + 16):.2f}; with no P kept {16 / 9:.2f}; ", end="")
-print(f"on q and v alone, with P, {(10 + 16) / (9 + 16):.2f}")
+P = {"no P": 0, "P in causal blocks": 16 * (1 + 64 / 1024) / 2, "all of P": 16}
+for kept, size in P.items():
+    print(f"LoRA ÷ LoRA-FA, {kept:<20}{(16 + size) / (9 + size):.2f}", end="")
+    print(f"; with adapters on q and v alone {(10 + size) / (9 + size):.2f}")
 
 contexts = np.array([64 * 2**i for i in range(9)])
 gpt2 = {"d": 768, "heads": 12, "layers": 12}
 
 
 def ratio(vocab, P):
-    """LoRA's kept bytes over LoRA-FA's, by context; ``P``: with attention's probabilities."""
+    """LoRA's kept bytes over LoRA-FA's, by context; ``P``: with attention's P."""
     values = []
     for T in contexts:
-        lora, lora_fa = (by_hand(m, N=T, T=T, vocab=vocab, **gpt2) for m in ("lora", "lora_fa"))
+        lora, lora_fa = (
+            by_hand(m, N=T, T=T, vocab=vocab, **gpt2) for m in ("lora", "lora_fa")
+        )
         left_out = 0 if P else lora["attention's P"]
         values.append((sum(lora.values()) - left_out) / (sum(lora_fa.values()) - left_out))
     return np.array(values)
@@ -393,19 +436,22 @@ plots.show(
         ylabel="LoRA ÷ LoRA-FA",
         logx=True,
     ),
-    "A level line at 1.8 where P is recomputed; where P is kept, two lines that fall towards 1 at long contexts.",
+    "A level line at 1.8 where P is recomputed; where P is kept, two lines that fall "
+    "towards 1 at long contexts.",
 )
 
 # %% [markdown]
-# *To see: the saving is a matter of the rest. Without P it is a factor of 1.77 at any length, with P it fades as T
-# grows, and the logits of a real vocabulary take much of it at every length.* This is arithmetic for a shape, not a
-# run: we train no model of this size here.
+# *To see: the saving is a matter of the rest. Without P it is a factor of 1.77 at any length (h counts here too, hence
+# not 1.78). With P it fades as T grows, and is down to 1.40 at T = 1024. The loss's probabilities over 50,257 tokens
+# take a third of the saving at short contexts, and next to nothing of the little that is left at long ones.* This is
+# arithmetic for a shape, not a run: we train no model of this size here.
 #
 # ## LoRA with recompute, and LoRA-FA
 #
-# Most of the x that LoRA keeps can be made again for little: $x_1 = g \circ \hat x + b$ and $x_2$ are layer norms'
-# results, whose $\hat x$ is kept anyway, and the x of `down` is GELU's result. Only the x of `o`, attention's result,
-# is dear. So `model.recompute("layer_norm", "gelu", "attention")` leaves 10 N d against LoRA-FA's 9.
+# Most of the x that LoRA keeps can be made again for little. The x of q, k, v and the x of `up` are results
+# $g \circ \hat x + b$ of layer norms, whose $\hat x$ is kept anyway. The x of `down` is GELU's result, made again from
+# GELU's input, which is then kept instead of $y'(x)$. Only the x of `o`, attention's result, is dear. So
+# `model.recompute("layer_norm", "gelu", "attention")` leaves 10 N d against LoRA-FA's 9.
 
 # %%
 for method in ("lora", "lora_fa"):
@@ -417,12 +463,15 @@ def gradients(recompute):
     model = build("lora", recompute)
     noise = np.random.default_rng(1)
     for p in model.trainable().values():
-        p.data += 0.05 * noise.standard_normal(p.shape, np.float32)  # off B = 0, where dA would be 0
+        # off B = 0, where dA would be 0
+        p.data += 0.05 * noise.standard_normal(p.shape, np.float32)
     minilora.backward(model.loss(inputs, targets))
     return [p.grad for p in model.trainable().values()]
 
 
-same = [np.array_equal(a, b) for a, b in zip(gradients(()), gradients(RECOMPUTE), strict=True)]
+same = [
+    np.array_equal(a, b) for a, b in zip(gradients(()), gradients(RECOMPUTE), strict=True)
+]
 print(f"gradients equal to the last bit: {sum(same)} of {len(same)}")
 
 # %% [markdown]
@@ -432,7 +481,8 @@ print(f"gradients equal to the last bit: {sum(same)} of {len(same)}")
 # ## Exercises
 #
 # **1. DoRA on the attention layers alone.** Adapters on q, k, v, o. Return the numbers that **one block** keeps,
-# without attention's P: count x, h, z, n, q k v, GELU, the norms' $\hat x$ and 1 / σ.
+# without attention's P: count x, h, z, n, q k v, GELU, the norms' $\hat x$ and 1 / σ. Here $V = W + sBA$ is the adapted
+# weight (d_out, d_in), $z = xV^\top$ (N, d_out), and $n$ (d_out,) holds the lengths of V's rows.
 
 
 # %%
@@ -446,8 +496,12 @@ def ledger_says(d, r, T=12):
     """The same by the ledger: what a second block adds to the first, P left out."""
     kept = []
     for n_layer in (1, 2):
-        shape = minilora.GPTConfig(vocab_size=7, n_positions=T, n_embd=d, n_layer=n_layer, n_head=2)
-        model = minilora.adapt(minilora.GPT(shape), "dora", ["q", "k", "v", "o"], verbose=False, r=r)
+        shape = minilora.GPTConfig(
+            vocab_size=7, n_positions=T, n_embd=d, n_layer=n_layer, n_head=2
+        )
+        model = minilora.adapt(
+            minilora.GPT(shape), "dora", ["q", "k", "v", "o"], verbose=False, r=r
+        )
         model.recompute("attention")
         ids = np.zeros((3, T), dtype=int)
         kept.append(kept_bytes(model.loss(ids, ids), model) // 4)
@@ -462,8 +516,14 @@ def fits(answer, d, r):
 assess(
     "DoRA on q, k, v, o",
     dora_on_attention,
-    ("x: q, k, v share one, o has its own. z: one (N, d) for each of the four", lambda f: fits(f, 16, 2)),
-    ("right for d = 16, r = 2 alone: does h grow with r, and n with d?", lambda f: fits(f, 24, 3)),
+    (
+        "x: q, k, v share one, o has its own. z: one (N, d) for each of the four",
+        lambda f: fits(f, 16, 2),
+    ),
+    (
+        "right for d = 16, r = 2 alone: does h grow with r, and n with d?",
+        lambda f: fits(f, 24, 3),
+    ),
 )
 
 # %% [markdown]
@@ -491,8 +551,10 @@ def relu(x):
 
 
 # %%
-sample, arriving = (np.random.default_rng(2).standard_normal((6, 5)).astype(np.float32) for _ in range(2))
-sample[0, 0], arriving[0, 1] = -3.0, 7.0
+sample, arriving = (
+    np.random.default_rng(2).standard_normal((6, 5)).astype(np.float32) for _ in range(2)
+)
+sample[0, 0], sample[1, 1], arriving[0, 1] = -3.0, 0.0, 7.0
 other = -sample
 
 
@@ -506,7 +568,10 @@ assess(
     "ReLU in one bit",
     relu,
     ("y is not max(x, 0)", lambda f: np.array_equal(f(sample)[0], np.maximum(sample, 0))),
-    ("dx must be dy where x > 0 and 0 elsewhere", lambda f: np.array_equal(dx_of(f, sample), arriving * (sample > 0))),
+    (
+        "dx must be dy where x > 0 and 0 elsewhere, at x = 0 as well",
+        lambda f: np.array_equal(dx_of(f, sample), arriving * (sample > 0)),
+    ),
     ("30 numbers fit into 4 bytes", lambda f: f(sample)[1].nbytes <= 4),
     (
         "backward must use what it is given as kept, not what it remembers of x",
@@ -530,9 +595,10 @@ assess(
 #
 # </details>
 #
-# **3. The longest context.** LoRA on all six layers of a model of GPT-2's shape (`**gpt2`), batch 1, 50,257 tokens.
-# Which is the longest T, a multiple of 64, whose kept bytes fit into `budget` bytes? Use `by_hand`; `recompute` says
-# whether the three operations are recomputed.
+# **3. The longest context.** LoRA with r = 8 on all six linear layers of a model of GPT-2's shape (`**gpt2`), with a
+# vocabulary of 50,257. A batch is one text of T tokens, so N = T. Return the largest T among 64, 128, 192, … for which
+# a step keeps at most `budget` bytes for backward, or 0 where 64 are too many. `by_hand` counts the bytes; `recompute`
+# says whether layer norm, GELU and attention are recomputed.
 
 
 # %%
@@ -542,7 +608,9 @@ def longest_context(budget, recompute):
 
 
 # %%
-needs = lambda T, recompute: sum(by_hand("lora", recompute, N=T, T=T, vocab=50257, **gpt2).values())
+needs = lambda T, recompute: sum(
+    by_hand("lora", recompute, N=T, T=T, vocab=50257, **gpt2).values()
+)
 assess(
     "the longest context",
     longest_context,
@@ -550,7 +618,10 @@ assess(
         "a budget of just what 256 tokens need must give 256",
         lambda f: f(needs(256, False), False) == 256,
     ),
-    ("one byte less must give the T before", lambda f: f(needs(256, False) - 1, False) == 192),
+    (
+        "one byte less must give the T before",
+        lambda f: f(needs(256, False) - 1, False) == 192,
+    ),
     ("with recompute more fits", lambda f: f(2**31, True) > f(2**31, False)),
     ("a budget of 1 byte fits nothing: 0", lambda f: f(1, True) == 0),
 )
@@ -560,8 +631,9 @@ assess(
 #
 # ```python
 # def longest_context(budget, recompute):
+#     keeps = lambda T: by_hand("lora", recompute, N=T, T=T, vocab=50257, **gpt2)
 #     T = 0
-#     while sum(by_hand("lora", recompute, N=T + 64, T=T + 64, vocab=50257, **gpt2).values()) <= budget:
+#     while sum(keeps(T + 64).values()) <= budget:
 #         T += 64
 #     return T
 # ```

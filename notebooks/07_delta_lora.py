@@ -22,7 +22,7 @@
 #
 # **After this you can**
 #
-# - derive that the changes of W telescope to λ s (B_T A_T − B_K A_K), and check it to rounding
+# - derive that the changes of W telescope to $\lambda s\,(B_T A_T - B_K A_K)$, and check it to rounding
 # - read the rank of an update off its singular values, and tell 2 r from high rank
 # - show that from step 0 under Adam, Delta-LoRA **is** LoRA with alpha (1 + λ), and under SGD at another rate
 # - name the control that a comparison with Delta-LoRA needs
@@ -53,15 +53,19 @@ from minilora.surgery import adapted_layers
 # %% [markdown]
 # ## The rule
 #
-# Forward and backward are LoRA's, $y = x(W + sBA)^\top$ with $s = \alpha / r$. The rule comes behind the optimizer's
-# step t, which made $A_t, B_t$ from $A_{t-1}, B_{t-1}$:
+# Forward and backward are LoRA's, $y = x(W + sBA)^\top$ with $s = \alpha / r$. The rule comes after the optimizer's
+# step t, which made $A_t, B_t$ from $A_{t-1}, B_{t-1}$. $A'$ and $B'$ are copies of $A_{t-1}$ and $B_{t-1}$:
 #
 # $$
-# \text{U1:}\quad W_t = W_{t-1} + \lambda s\,(B_t A_t - B_{t-1} A_{t-1}) \quad \text{for } t > K,
-# \qquad W_t = W_0 \text{ up to } K
+# \begin{aligned}
+# \text{U1:}\quad W_t &= W_{t-1} + \lambda s\,(B_t A_t - B' A') \\
+# \text{U2:}\quad A' &\leftarrow A_t, \quad B' \leftarrow B_t
+# \end{aligned}
 # $$
 #
-# What must change in LoRA for that:
+# U1 is for $t > K$ alone; up to step K, $W_t = W_0$. U2 makes the copies ready for the next step, from the first step on.
+# In the code λ is `update_ratio`, K is `start_step`, and the copies are `A_before` and `B_before`. What must change in
+# LoRA for that:
 
 # %%
 print(difference("lora", "delta_lora"))
@@ -87,9 +91,18 @@ print(check_method(methods.create("delta_lora", r=3)))
 # $$
 #
 # the gradient seen through the r rows of A and the r columns of B. How much of the direction of −G is left?
+#
+# We look at a `Trial`: a method on one small layer with random data, in float64. `after(steps)` is a copy of it after so
+# many steps of the optimizer, and `p` are its arrays. `W` is its weight, which this method moves, and `W0` what that was
+# at the start. `merged` is the weight that it computes with, $W + sBA$, and `dW` the gradient G of that.
 
 # %%
-trial = Trial(methods.create("delta_lora", r=3, alpha=6.0, update_ratio=2.0, start_step=5), N=40, d_in=32, d_out=24)
+trial = Trial(
+    methods.create("delta_lora", r=3, alpha=6.0, update_ratio=2.0, start_step=5),
+    N=40,
+    d_in=32,
+    d_out=24,
+)
 s, ratio = trial.method.scaling, trial.method.update_ratio
 product = lambda t: s * t.p.B @ t.p.A
 cosine = lambda a, b: (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
@@ -98,7 +111,8 @@ for step in (5, 20):
     before, after = (trial.after(k, lr=1e-4, adam=False) for k in (step - 1, step))
     moved = product(after) - product(before)
     rank = np.linalg.matrix_rank(moved)
-    print(f"step {step}: cos(what s B A moved by, −G) = {cosine(moved, -before.dW):.2f}, of rank {rank}")
+    cos = cosine(moved, -before.dW)
+    print(f"step {step}: cos(what s B A moved by, −G) = {cos:.2f}, of rank {rank}")
 
 # %% [markdown]
 # About a third, and of a rank of 2 r = 6 at most: G is seen through a small window. One may still hope that over many
@@ -110,10 +124,10 @@ for step in (5, 20):
 #
 # $$
 # \begin{aligned}
-# W_{K+1} - W_K &= \lambda s\,(\phantom{-}B_{K+1}A_{K+1} - B_K A_K) \\
-# W_{K+2} - W_{K+1} &= \lambda s\,(\phantom{-}B_{K+2}A_{K+2} - B_{K+1}A_{K+1}) \\
+# W_{K+1} - W_K &= \lambda s\,(B_{K+1}A_{K+1} - B_K A_K) \\
+# W_{K+2} - W_{K+1} &= \lambda s\,(B_{K+2}A_{K+2} - B_{K+1}A_{K+1}) \\
 # &\ \ \vdots \\
-# W_T - W_{T-1} &= \lambda s\,(\phantom{-}B_T A_T - B_{T-1}A_{T-1})
+# W_T - W_{T-1} &= \lambda s\,(B_T A_T - B_{T-1}A_{T-1})
 # \end{aligned}
 # $$
 #
@@ -147,20 +161,22 @@ for name, adam, lr in [("Adam", True, 0.01), ("SGD", False, 2e-4)]:
 # %%
 class Forgetful(DeltaLoRA):
     def after_step(self, W, p):
-        W += self.update_ratio * (self.update(p.A, p.B) - self.update(p.A_before, p.B_before))  # U1, and no U2
+        change = self.update(p.A, p.B) - self.update(p.A_before, p.B_before)
+        W += self.update_ratio * change  # U1, and no U2
 
 
 options = {"r": 3, "alpha": 6.0, "update_ratio": 2.0}
 of_W = lambda method: Trial(method, **trial.sizes).after(T).W - trial.W0
 updates = {
-    "W, K = 0": of_W(methods.create("delta_lora", start_step=0, **options)),
     "W, K = 5": of_W(methods.create("delta_lora", start_step=5, **options)),
+    "W, K = 0": of_W(methods.create("delta_lora", start_step=0, **options)),
     "U2 forgotten": of_W(Forgetful(start_step=0, **options)),
     "full": Trial(methods.create("full"), **trial.sizes).after(T).merged - trial.W0,
 }
 plots.show(
     plots.singular_values(updates, title=f"What {T} steps change in W (24 × 32), r = 3"),
-    "Singular values: W moves by rank 3 at K = 0 and rank 6 at K = 5, full fine-tuning and the broken rule by 24.",
+    "Singular values: W moves by rank 3 at K = 0 and rank 6 at K = 5, full fine-tuning and "
+    "the broken rule by 24.",
 )
 
 # %% [markdown]
@@ -183,25 +199,28 @@ plots.show(
 #
 # Adam's step is $\hat m / (\sqrt{\hat v} + \varepsilon)$. A factor c on all gradients puts c on m and c² on v, and
 # cancels, but for ε. So both take the same step from the same point, and by induction for ever. Decoupled weight decay
-# looks at A and B alone, and changes nothing of it. Under SGD a step keeps the factor, and the control needs the rate
-# $\eta / (1+\lambda)$.
+# looks at A and B alone, and changes nothing of it. Clipping does, in a step where the control's gradient, (1 + λ) times
+# as long, is over the limit and Delta-LoRA's is not: the two then differ by another factor than in the steps before.
+# Under SGD a step keeps the factor, and the control needs the rate $\eta / (1+\lambda)$.
 
 # %%
 control = trial.of("delta_lora_control", **options)
 delta = trial.of("delta_lora", start_step=0, **options)
 apart = lambda a, b: np.abs(a.merged - b.merged).max() / np.abs(a.merged - trial.W0).max()
 
+print("apart, as a part of the whole update:")
 for eps in (1e-30, 1e-8, 1e-3, 1.0):
-    print(f"Adam, eps {eps:<7g} apart by {apart(delta.after(T, eps=eps), control.after(T, eps=eps)):.1e} of the update")
+    off = apart(delta.after(T, eps=eps), control.after(T, eps=eps))
+    print(f"Adam, eps {eps:<10g} {off:.1e}")
+    assert off < 1e-12 or eps > 1e-30
 lr = 2e-4
-print(f"SGD, the same rate      apart by {apart(delta.after(T, lr, False), control.after(T, lr, False)):.1e}")
-rate = lr / (1 + ratio)
-assert apart(delta.after(T, eps=1e-30), control.after(T, eps=1e-30)) < 1e-12
-print(f"SGD, rate / (1 + λ)     apart by {apart(delta.after(T, lr, False), control.after(T, rate, False)):.1e}")
+for title, rate in [("the same rate", lr), ("rate / (1 + λ)", lr / (1 + ratio))]:
+    off = apart(delta.after(T, lr, adam=False), control.after(T, rate, adam=False))
+    print(f"SGD, {title:<15} {off:.1e}")
 
 # %% [markdown]
-# Equal to rounding, and to ε where ε is not small beside the gradients. A method that moves W, and one that does not,
-# take the same path.
+# Under Adam both are equal up to rounding, and come apart as ε grows beside the gradients, to which it is added. Under
+# SGD it takes the smaller rate. A method that moves W, and one that does not, take the same path.
 #
 # ## From a later step: the same, on a shifted base
 #
@@ -232,40 +251,57 @@ STEPS, SEEDS = 20, 3
 
 def tune(method, seed, **options):
     """(model, its losses) after STEPS steps."""
-    model = minilora.adapt(minilora.pretrained(), method, seed=seed, verbose=False, **options)
-    batches = random_batches(train_ids, batch=4, context=128, rng=np.random.default_rng(seed))
+    model = minilora.adapt(
+        minilora.pretrained(), method, seed=seed, verbose=False, **options
+    )
+    batches = random_batches(
+        train_ids, batch=4, context=128, rng=np.random.default_rng(seed)
+    )
     optimizer = minilora.AdamW(model.trainable(), lr=5e-3)
-    with threadpool_limits(1):  # for matrices of this size one thread is enough, and sums are rounded alike
+    # one thread is enough for matrices of this size, and sums are rounded alike
+    with threadpool_limits(1):
         return model, minilora.train(model, optimizer, batches, STEPS, warmup=4).loss
 
 
 runs = {
     "LoRA": ("lora", {}),
-    "Delta-LoRA, K = 0": ("delta_lora", {"start_step": 0}),
     "control: alpha (1 + λ)": ("delta_lora_control", {}),
+    "Delta-LoRA, K = 0": ("delta_lora", {"start_step": 0}),
     "Delta-LoRA, K = 10": ("delta_lora", {"start_step": 10}),
 }
-results = {name: [tune(m, seed, **o) for seed in range(SEEDS)] for name, (m, o) in runs.items()}
-losses = {name: [loss for _, loss in found] for name, found in results.items()}
+results = {
+    name: [tune(m, seed, **o) for seed in range(SEEDS)] for name, (m, o) in runs.items()
+}
+losses = {name: np.array([loss for _, loss in found]) for name, found in results.items()}
+lora = losses.pop("LoRA")
 plots.show(
-    plots.loss_curves(losses, title="Three seeds on the Folio, mean and range", smooth=4),
-    "Training loss: Delta-LoRA from step 0 and the control lie on one another.",
+    plots.loss_curves(
+        {name: loss - lora for name, loss in losses.items()},
+        title="Three seeds on the Folio, mean and range of the difference",
+        ylabel="loss less LoRA's, nats",
+        smooth=4,
+    ),
+    "Training loss less LoRA's: Delta-LoRA from step 0 and the control lie on one another; "
+    "from step 10 it is at zero until then.",
 )
 
 # %%
 zero, same = losses["Delta-LoRA, K = 0"], losses["control: alpha (1 + λ)"]
-print(
-    f"K = 0 against the control, largest difference of a step's loss: {np.abs(np.subtract(zero, same)).max():.1e} nats"
-)
-final = {name: [minilora.evaluate(model, held_out) for model, _ in found] for name, found in results.items()}
+off = abs(zero - same).max()
+print(f"K = 0 and the control: the loss of a step differs by {off:.1e} nats at most")
+final = {
+    name: [minilora.evaluate(model, held_out) for model, _ in found]
+    for name, found in results.items()
+}
 for name, values in final.items():
     print(f"{name:<24} held out {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}")
 
 # %% [markdown]
-# *To see: Delta-LoRA from step 0 and its control are one line, in float32 and in a whole network; from step 10, it is
-# LoRA until then.* Whatever Delta-LoRA gains or loses against LoRA here, plain LoRA gains or loses by a larger alpha.
-# Three seeds, 20 steps and one learning rate for all are no ranking of the methods; the full comparison, each at its
-# own rate, is in `docs/compare.md`.
+# *To see: what is drawn is the loss less that of LoRA on the same batches. Delta-LoRA from step 0 and its control are
+# one line, in float32 and in a whole network. With K = 10 it is LoRA until step 10, at zero.* Whatever Delta-LoRA gains
+# or loses against LoRA here, plain LoRA gains or loses by a larger alpha.
+# Three seeds, 20 steps and one learning rate for all are no ranking of the methods; there is a [full
+# comparison](../docs/compare.md), each at its own rate.
 
 # %%
 model, _ = results["Delta-LoRA, K = 10"][0]
@@ -280,11 +316,13 @@ plots.show(
         title="blocks.3.up (512 × 128) after 20 steps, r = 8",
         most=64,
     ),
-    "Singular values on the real model: Delta-LoRA ends at 2 r = 16, full fine-tuning does not end before 64.",
+    "Singular values on the real model: Delta-LoRA ends at 2 r = 16, full fine-tuning does "
+    "not end before 64.",
 )
 
 # %% [markdown]
-# *To see: on the real model W moves by rank 16 = 2 r too, and full fine-tuning by the rank of the whole matrix.*
+# *To see: on the real model W moves by rank 16 = 2 r too, and full fine-tuning by the rank of the whole matrix, 128 (64
+# of the 128 are drawn).*
 #
 # ## What this says of the claim, and what it does not
 #
@@ -327,13 +365,14 @@ ids = held_out[0][0]
 logits, logits_again = (m(ids).data for m in (delta_model, again))
 ranks = sorted({layer.method.r for layer in adapted_layers(again).values()})
 print(f"{written['peft_type']} of ranks {' and '.join(map(str, ranks))}")
-print(f"logits off by {np.abs(logits - logits_again).max():.1e}, the largest is {np.abs(logits).max():.0f}")
+off, largest = np.abs(logits - logits_again).max(), np.abs(logits).max()
+print(f"logits off by {off:.1e}, the largest is {largest:.0f}")
 
 # %% [markdown]
 # ## Exercises
 #
 # **1. The rule.** Write U1 and U2. `p` is a dict with A, B, A_before, B_before, as they are after the optimizer's step.
-# Return the new W; A_before and B_before in `p` must be ready for the next step.
+# Return the new W; A_before and B_before in `p` must be ready for the next step. Optimizers move A and B in place.
 
 
 # %%
@@ -344,13 +383,14 @@ def after_step(W, p, s, update_ratio):
 
 # %%
 def walk(f, steps, s=0.5, update_ratio=3.0):
-    """(W − W_0, λ s (B A − B' A')) after random moves of A and B, as an optimizer would make them."""
+    """(W − W_0, λ s (B A − B_0 A_0)) after random moves of A and B, in place."""
     rng = np.random.default_rng(0)
-    A, B, W0 = rng.standard_normal((2, 7)), rng.standard_normal((5, 2)), rng.standard_normal((5, 7))
+    A, B, W0 = (rng.standard_normal(shape) for shape in [(2, 7), (5, 2), (5, 7)])
     p, W = {"A_before": A.copy(), "B_before": B.copy()}, W0.copy()
     first = B @ A
     for _ in range(steps):
-        A, B = A + rng.standard_normal(A.shape), B + rng.standard_normal(B.shape)
+        A += rng.standard_normal(A.shape)
+        B += rng.standard_normal(B.shape)
         p["A"], p["B"] = A, B
         W = f(W, p, s, update_ratio)
     return W - W0, update_ratio * s * (B @ A - first)
@@ -359,8 +399,14 @@ def walk(f, steps, s=0.5, update_ratio=3.0):
 assess(
     "the rule",
     after_step,
-    ("after one step W must have moved by λ s (B A − B' A')", lambda f: np.allclose(*walk(f, 1))),
-    ("after several steps it does not telescope: is U2 there, and a copy?", lambda f: np.allclose(*walk(f, 4))),
+    (
+        "after one step W must have moved by λ s (B A − B' A')",
+        lambda f: np.allclose(*walk(f, 1)),
+    ),
+    (
+        "after several steps it does not telescope: is U2 there, and a copy?",
+        lambda f: np.allclose(*walk(f, 4)),
+    ),
 )
 
 # %% [markdown]
@@ -389,8 +435,14 @@ pair = lambda f: f(late.p.A, late.p.B, start.p.A, start.p.B, s, ratio)
 assess(
     "export",
     as_lora,
-    ("B' must be (d_out, 2 r) and A' (2 r, d_in)", lambda f: [a.shape for a in pair(f)] == [(24, 6), (6, 32)]),
-    ("B' A' is not M − W_0: where do s, λ and 1 + λ stand?", lambda f: np.allclose(np.matmul(*pair(f)), change)),
+    (
+        "B' must be (d_out, 2 r) and A' (2 r, d_in)",
+        lambda f: [a.shape for a in pair(f)] == [(24, 6), (6, 32)],
+    ),
+    (
+        "B' A' is not M − W_0: where do s, λ and 1 + λ stand?",
+        lambda f: np.allclose(np.matmul(*pair(f)), change),
+    ),
 )
 
 # %% [markdown]
@@ -432,8 +484,14 @@ def follow(rate, momentum, lr=2e-4, steps=12):
 assess(
     "SGD with momentum",
     control_rate,
-    ("without momentum it is η / (1 + λ)", lambda f: follow(f(2e-4, 0.0, ratio), 0.0) < 1e-12),
-    ("u is linear in the gradients: which factor does it carry?", lambda f: follow(f(2e-4, 0.8, ratio), 0.8) < 1e-12),
+    (
+        "without momentum it is η / (1 + λ)",
+        lambda f: follow(f(2e-4, 0.0, ratio), 0.0) < 1e-12,
+    ),
+    (
+        "u is linear in the gradients: which factor does it carry?",
+        lambda f: follow(f(2e-4, 0.8, ratio), 0.8) < 1e-12,
+    ),
 )
 
 # %% [markdown]
@@ -441,8 +499,10 @@ assess(
 #
 # ```python
 # def control_rate(lr, momentum, update_ratio):
-#     return lr / (1 + update_ratio)  # u carries the factor 1 + λ, as each g does; μ changes nothing of it
+#     return lr / (1 + update_ratio)
 # ```
+#
+# u carries the factor 1 + λ, as each g does; μ changes nothing of it.
 #
 # </details>
 #
@@ -458,17 +518,21 @@ def rank_bound(r, start_step, d_out, d_in):
 # %%
 def rank_of(d_out, d_in, **options):
     """The rank that a run has."""
-    t = Trial(methods.create("delta_lora", **options), N=40, d_in=d_in, d_out=d_out).after(9)
+    method = methods.create("delta_lora", **options)
+    t = Trial(method, N=40, d_in=d_in, d_out=d_out).after(9)
     return np.linalg.matrix_rank(t.W - t.W0)
 
 
-agrees = lambda f, d_out, d_in, r, K: f(r, K, d_out, d_in) == rank_of(d_out, d_in, r=r, start_step=K)
+agrees = lambda f, d_out, d_in, r, K: (
+    f(r, K, d_out, d_in) == rank_of(d_out, d_in, r=r, start_step=K)
+)
 assess(
     "the rank",
     rank_bound,
     ("two products of rank r each, for a late K", lambda f: agrees(f, 24, 32, 3, 4)),
     ("which of the two products is zero at K = 0?", lambda f: agrees(f, 24, 32, 3, 0)),
-    ("a matrix has no more rank than rows or columns", lambda f: agrees(f, 5, 32, 3, 4)),
+    ("a matrix has no more rank than rows", lambda f: agrees(f, 5, 32, 3, 4)),
+    ("a matrix has no more rank than columns", lambda f: agrees(f, 24, 5, 3, 4)),
 )
 
 # %% [markdown]

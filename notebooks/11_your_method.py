@@ -32,6 +32,7 @@
 # %%
 # On Colab: !pip install -q git+https://github.com/minilora/minilora
 import tempfile
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ from minilora.catalogue import trained_shapes
 from minilora.claims import Trial, verdicts
 from minilora.compare import Task, tune
 from minilora.difference import difference
+from minilora.engine import Saved
 from minilora.exercises import assess, grade
 from minilora.gradcheck import check_method, gradcheck
 from minilora.surgery import adapted_layers
@@ -51,19 +53,25 @@ from minilora.surgery import adapted_layers
 # ## The idea
 #
 # LoRA trains $r\,(d_\text{in} + d_\text{out})$ numbers in each layer. LoRA-XS ([Bałazy et al.
-# 2024](https://arxiv.org/abs/2405.17604)) trains $r^2$, whatever the size of the layer: $A$ and $B$ are the $r$
-# largest singular directions of $W = U \Sigma V^\top$ and stay frozen, and a small matrix $R$ between them learns.
+# 2024](https://arxiv.org/abs/2405.17604)) trains $r^2$, whatever the size of the layer: $A$ and $B$ hold the $r$
+# largest singular directions of $W = U \Sigma V^\top$, $A$ with their singular values, and stay frozen; a small matrix
+# $R$ between them learns.
 #
-# $$y = x\,(W + s\,B R A)^\top \qquad A = \Sigma_r V_r^\top \;(r, d_\text{in}), \quad B = U_r \;(d_\text{out}, r),
-# \quad R \;(r, r)$$
+# $$
+# \begin{aligned}
+# y &= x\,(W + s\,B R A)^\top && R\;(r, r) \\
+# A &= \Sigma_r V_r^\top && (r, d_\text{in}) \\
+# B &= U_r && (d_\text{out}, r)
+# \end{aligned}
+# $$
 #
-# For the shipped model's layers:
+# How many numbers is that, in the shipped model's layers?
 
 # %%
+print("W (d_out, d_in)    full   LoRA of rank 8   LoRA-XS of rank 20")
 for d_out, d_in in [(128, 128), (512, 128), (128, 512)]:
-    print(
-        f"W ({d_out}, {d_in}): full {d_out * d_in:>6,}   LoRA r = 8 {8 * (d_out + d_in):>5,}   LoRA-XS r = 20 {20 * 20}"
-    )
+    numbers = f"{d_out * d_in:>8,}{8 * (d_out + d_in):>17,}{20 * 20:>21,}"
+    print(f"{(d_out, d_in)!s:<15}{numbers}")
 
 # %% [markdown]
 # ## Forward, in the cheap order
@@ -102,7 +110,8 @@ for d_out, d_in in [(128, 128), (512, 128), (128, 512)]:
 rng = np.random.default_rng(0)
 N, d_in, d_out, r, s = 5, 7, 6, 3, 2.0
 draw = lambda *shape: rng.standard_normal(shape)
-x, W, A, B, R, dy = draw(N, d_in), draw(d_out, d_in), draw(r, d_in), draw(d_out, r), draw(r, r), draw(N, d_out)
+x, W, A = draw(N, d_in), draw(d_out, d_in), draw(r, d_in)
+B, R, dy = draw(d_out, r), draw(r, r), draw(N, d_out)
 
 
 def forward(x, R):
@@ -123,7 +132,10 @@ loss = lambda x, R: (forward(x, R)[0] * dy).sum()  # its gradient with respect t
 y, h = forward(x, R)
 dx, dR = backward(dy, h, R)
 report = gradcheck(loss, {"x": dx, "R": dR}, {"x": x, "R": R}, "LoRA-XS, by hand")
-plots.show(plots.gradient_report(report), "Four green bars, all far left of the tolerance: dx and dR are right.")
+plots.show(
+    plots.gradient_report(report),
+    "Four green bars, all far left of the tolerance: dx and dR are right.",
+)
 
 # %% [markdown]
 # All bars end far left of their tolerance: what is left is rounding. Now a mistake that shapes cannot show: $R$ is
@@ -151,9 +163,9 @@ print(gradcheck(loss, {"R": h.T @ (dy @ (s * B))}, {"x": x, "R": R}, "dR = hᵀ 
 source = '''\
 """LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters.   Bałazy et al. 2024, arXiv 2405.17604
 
-A and B are the r largest singular directions of W, frozen; what is trained is the r × r matrix R between them:
-y = x (W + s B R A)ᵀ. Taught: the authors' code, with Σ on A's side and s = alpha / r, but R = 0 at the start, where
-they draw it from N(0, 10⁻¹⁰).
+A and B are the r largest singular directions of W, frozen; what is trained is the r × r
+matrix R between them: y = x (W + s B R A)ᵀ. Taught: the authors' code, with Σ on A's side
+and s = alpha / r, but R = 0 at the start, where they draw it from N(0, 10⁻¹⁰).
 
 The start, from W = U Σ Vᵀ:
   I1  A  = Σ_r V_rᵀ              (r, d_in)
@@ -164,10 +176,10 @@ Forward, x (N, d_in), W (d_out, d_in), A (r, d_in), B (d_out, r), R (r, r):
   F2  y  = x Wᵀ + (h Rᵀ) (s B)ᵀ  (N, d_out)
 
 Backward, dy = dL/dy (N, d_out):
-  B1  du = dy (s B)              (N, r)        u = h Rᵀ reaches y through s B
-  B2  dR = duᵀ h                 (r, r)        R_jk multiplies h_k in every row, and reaches L through u_j
-  B3  dh = du R                  (N, r)        h_k reaches u_j through R_jk
-  B4  dx = dy W + dh A           (N, d_in)     x reaches y through W, and h through A
+  B1  du = dy (s B)     (N, r)     u = h Rᵀ reaches y through s B
+  B2  dR = duᵀ h        (r, r)     R_jk times h_k is a part of u_j, in every row
+  B3  dh = du R         (N, r)     h_k reaches u_j through R_jk
+  B4  dx = dy W + dh A  (N, d_in)  x reaches y through W, and h through A
 
 Kept for backward: h (N, r)
 """
@@ -238,7 +250,7 @@ _ = file.write_text(source, encoding="utf-8")
 # %%
 def show(path):
     title, *lines = str(grade(path)).split("\n")
-    print(title.replace(str(folder), "…"), *lines, sep="\n")
+    print(textwrap.fill(title.replace(str(folder), "…"), 88), *lines, sep="\n")
 
 
 show(file)
@@ -251,18 +263,26 @@ show(file)
 
 # %%
 mistakes = {
-    "s forgotten in B1": ("dy @ (self.scaling * p.B)  # (N, r) B1", "dy @ p.B  # (N, r) B1"),
+    "s forgotten in B1": (
+        "dy @ (self.scaling * p.B)  # (N, r) B1",
+        "dy @ p.B  # (N, r) B1",
+    ),
     "B2 transposed": ("du.T @ saved.h", "saved.h.T @ du"),
     "B4 without its second term": ("dy @ W + dh @ p.A", "dy @ W"),
     "x kept, and not said": ('{"h": h}', '{"h": h, "x": x}'),
-    "merge without s": ("return W + (self.scaling * p.B) @ p.R @ p.A", "return W + p.B @ p.R @ p.A"),
+    "merge without s": (
+        "return W + (self.scaling * p.B) @ p.R @ p.A",
+        "return W + p.B @ p.R @ p.A",
+    ),
 }
 for mistake, (line, wrong) in mistakes.items():
     broken = folder / "broken.py"
     assert line in source
     broken.write_text(source.replace(line, wrong), encoding="utf-8")
     print(f"{mistake}:")
-    print(*(f"    {mark}" for mark in grade(broken).marks if mark.verdict != "right"), sep="\n")
+    for mark in grade(broken).marks:
+        if mark.verdict != "right":
+            print(textwrap.fill(f"    {mark}", 88, subsequent_indent="        "))
 
 # %% [markdown]
 # The forgotten $s$ shows as a constant factor in $dR$, and as a missing part in $dx$, where only one of two terms has
@@ -276,7 +296,9 @@ for mistake, (line, wrong) in mistakes.items():
 # %%
 broken.unlink()
 methods.__path__.append(str(folder))
-print("lora_xs" in methods.names(), trained_shapes("lora_xs"), methods.options("lora_xs"))
+print("found:", "lora_xs" in methods.names())
+print("trained:", trained_shapes("lora_xs"))
+print("options:", methods.options("lora_xs"))
 for claim, holds in verdicts("lora_xs").items():
     print("✓" if holds else "✗", claim)
 
@@ -284,25 +306,45 @@ for claim, holds in verdicts("lora_xs").items():
 # What does it change in LoRA-FA, which freezes $A$ too?
 
 # %%
-print(difference("lora_fa", "lora_xs").split("\n\ncode")[0])  # the equations; after them come the lines of code
+equations, _, lines_of_code = difference("lora_fa", "lora_xs").partition("\n\ncode")
+print(equations)
 
 # %% [markdown]
-# ## In a model
+# ## At the initial point
 #
-# Adapt the shipped model, and look at what the gradient is worth: the check again, now at the initial point.
+# `grade` looked at a random point. Here is the check again where training begins, at $R = 0$; and again for a B3 that is
+# wrong, with $R$ transposed.
 
 # %%
 print(check_method(methods.create("lora_xs", r=3), at_init=True))
 
+
+class Transposed(methods.get("lora_xs")):
+    def backward(self, dy, saved, W, p):
+        dx, grads = super().backward(dy, saved, W, p)
+        du = dy @ (self.scaling * p.B)
+        return dx + du @ (p.R.T - p.R) @ p.A, grads  # dh = du Rᵀ
+
+
+print()
+for at_init, point in [(True, "R = 0"), (False, "random point")]:
+    right = check_method(Transposed(r=3), at_init=at_init)
+    print(f"R transposed in B3, {point:<14}{'ok' if right else 'FAIL'}")
+
 # %% [markdown]
-# At $R = 0$ the line B3 is not tested at all: $dh = du\,R$ is zero whatever stands there. That is why the checks leave
-# the initial point, here as in LoRA at $B = 0$.
+# At $R = 0$ the mistake passes: $du\,R$ and $du\,R^\top$ are both zero. That is why the checks leave the initial point,
+# here as in LoRA at $B = 0$.
+#
+# ## In a model
+#
+# Now adapt the shipped model. The end of the training text is held out, to choose by and not to report on.
 
 # %%
-task = Task(selection=True)  # the end of the training text is held out: for choosing, not for reporting
+task = Task(selection=True)
 model = minilora.adapt(task.load(), "lora_xs", r=20)
 layer = adapted_layers(model)["blocks.0.q"]
-print({name: a.shape for name, a in layer.p.items()}, "trained:", list(layer.arrays.trainable()))
+print("blocks.0.q:", {name: a.shape for name, a in layer.p.items()})
+print("trained:", *layer.arrays.trainable())
 
 # %% [markdown]
 # ## Its learning rate
@@ -313,18 +355,33 @@ print({name: a.shape for name, a in layer.p.items()}, "trained:", list(layer.arr
 
 # %%
 steps, batch, rates = 30, 4, [5e-3, 2e-2, 5e-2]
-rivals = {"LoRA-XS, r = 20": methods.create("lora_xs", r=20), "LoRA, r = 1": methods.create("lora", r=1, alpha=2.0)}
+rivals = {
+    "LoRA-XS, r = 20": methods.create("lora_xs", r=20),
+    "LoRA, r = 1": methods.create("lora", r=1, alpha=2.0),
+}
 
 
 def loss_after(task, method, lr, seed):
-    with threadpool_limits(1):  # for matrices of this size one thread is enough, and sums are rounded alike
+    # For matrices of this size one thread is enough, and sums are rounded alike.
+    with threadpool_limits(1):
         model, _, _ = tune(task, method, steps, lr, batch, seed)
         return minilora.evaluate(model, task.held_out_b)
 
 
-grid = {name: (rates, [loss_after(task, method, lr, seed=0) for lr in rates]) for name, method in rivals.items()}
-figure = plots.lines(grid, "Three rates for each", "learning rate", "held-out loss, nats per character", logx=True)
-plots.show(figure, "Two curves over the learning rate; both are lowest at the middle rate, 0.02.")
+grid = {
+    name: (rates, [loss_after(task, method, lr, seed=0) for lr in rates])
+    for name, method in rivals.items()
+}
+figure = plots.lines(
+    grid,
+    "Three rates for each",
+    "learning rate",
+    "held-out loss, nats per character",
+    logx=True,
+)
+plots.show(
+    figure, "Two curves over the learning rate; both are lowest at the middle rate, 0.02."
+)
 
 # %% [markdown]
 # Both are lowest at 0.02, between a smaller and a larger rate that are worse: that is what one has to see before a
@@ -337,21 +394,34 @@ plots.show(figure, "Two curves over the learning rate; both are lowest at the mi
 # %%
 final = Task()
 best = {name: rates[int(np.argmin(losses))] for name, (_, losses) in grid.items()}
-runs = {name: [loss_after(final, method, best[name], seed) for seed in range(3)] for name, method in rivals.items()}
+runs = {
+    name: [loss_after(final, method, best[name], seed) for seed in range(3)]
+    for name, method in rivals.items()
+}
 before = minilora.evaluate(final.model, final.held_out_b)
 for name, losses in runs.items():
-    numbers = minilora.count_parameters(minilora.adapt(final.load(), rivals[name], verbose=False))[0]
-    print(f"{name:<16} {numbers:,} numbers: {before:.3f} → " + ", ".join(f"{loss:.3f}" for loss in losses))
+    adapted = minilora.adapt(final.load(), rivals[name], verbose=False)
+    numbers, after = (
+        minilora.count_parameters(adapted)[0],
+        ", ".join(f"{x:.3f}" for x in losses),
+    )
+    print(f"{name:<16} {numbers:,} numbers: {before:.3f} → {after}")
 learnt = {name: before - np.array(losses) for name, losses in runs.items()}
-figure = plots.bars(learnt, f"What {steps} steps teach, 3 seeds", "fall of the loss on the Folio, nats per character")
-plots.show(figure, "LoRA's bar is longer by more than the three points of either method spread.")
+figure = plots.bars(
+    learnt,
+    f"What {steps} steps teach, 3 seeds",
+    "fall of the loss on the Folio, nats per character",
+)
+plots.show(
+    figure, "LoRA's bar is longer by more than the three points of either method spread."
+)
 
 # %% [markdown]
 # LoRA of rank 1 learns more than LoRA-XS here, with fewer numbers, in all three seeds, and by more than the seeds
-# differ. So this toy does not show what the paper claims, that LoRA-XS matches LoRA at far fewer numbers. The paper's
-# models have billions of parameters, layers where $r^2$ is a hundredth of LoRA's numbers, and longer training; the
-# singular directions of a model of 0.8 million parameters may be worth less. What is shown: the method is right, and
-# it learns.
+# differ. The paper claims the opposite and more, that LoRA-XS matches LoRA with *far fewer* numbers; in this toy it does
+# not even with as many. The paper's models are much larger, their layers wider, so that $r^2$ is a smaller part of
+# LoRA's numbers, and they are trained for longer; the singular directions of a model of 0.8 million parameters may be
+# worth less. What is shown: the gradients are right, and the method learns.
 #
 # ## Into the package
 #
@@ -360,8 +430,10 @@ plots.show(figure, "LoRA's bar is longer by more than the three points of either
 # 3. `pytest tests/test_contract.py -k lora_xs` holds it to the whole contract: every entry of the gradient for shapes
 #    that Hypothesis draws, each tagged line broken on purpose, the shape comments read while the code runs, bytes
 #    kept, exact unmerging, one run to the bit for one seed.
-# 4. `minilora compare --methods lora_xs lora` puts it into the table and the figure.
-# 5. [CONTRIBUTING.md](../CONTRIBUTING.md) has the rest: its swept learning rate, its names beside the paper's.
+# 4. `minilora sweep --methods lora_xs` finds its learning rate, as above but with more rates and steps;
+#    [CONTRIBUTING.md](../CONTRIBUTING.md) says how it is recorded. Until it is, a comparison takes a default rate.
+# 5. `minilora compare --methods lora_xs lora` puts it into the table and the figure.
+# 6. [CONTRIBUTING.md](../CONTRIBUTING.md) has the rest, such as its names beside the paper's.
 #
 # ## Exercises
 #
@@ -381,7 +453,7 @@ diagonal_loss = lambda d: ((x @ W.T + (h * d) @ (s * B).T) * dy).sum()
 assess(
     "diagonal_gradient",
     diagonal_gradient,
-    ("it has one number for each of the r directions", lambda f: f(dy, h, B, s).shape == (r,)),
+    ("it has one number for each direction", lambda f: f(dy, h, B, s).shape == (r,)),
     ("it is not the derivative by differences: s, or the sum over rows?",
      lambda f: gradcheck(diagonal_loss, {"d": f(dy, h, B, s)}, {"d": d})),
 )  # fmt: skip
@@ -413,7 +485,10 @@ assess(
     "dR_from_dW",
     dR_from_dW,
     ("R is r × r", lambda f: f(dy.T @ x, A, B, s).shape == (r, r)),
-    ("it is not the dR of B2: s, or a transpose?", lambda f: Trial.same(f(dy.T @ x, A, B, s), dR)),
+    (
+        "it is not the dR of B2: s, or a transpose?",
+        lambda f: Trial.same(f(dy.T @ x, A, B, s), dR),
+    ),
 )
 
 # %% [markdown]
@@ -440,9 +515,15 @@ def rank_for_budget(r, d_in, d_out): ...
 assess(
     "rank_for_budget",
     rank_for_budget,
-    ("for r = 1 and a layer of 128 × 128 it is 16, since 16² = 256", lambda f: f(1, 128, 128) == 16),
+    (
+        "for r = 1 and a layer of 128 × 128 it is 16, since 16² = 256",
+        lambda f: f(1, 128, 128) == 16,
+    ),
     ("it must be a whole number, rounded down", lambda f: f(1, 128, 512) == 25),
-    ("W of 128 × 512 has 128 singular directions, not more", lambda f: f(64, 128, 512) == 128),
+    (
+        "W of 128 × 512 or 512 × 128 has 128 singular directions, not more",
+        lambda f: f(64, 128, 512) == 128 and f(64, 512, 128) == 128,
+    ),
 )
 
 # %% [markdown]
@@ -456,7 +537,8 @@ assess(
 # </details>
 #
 # **4 · Another method.** (IA)³ ([Liu et al. 2022](https://arxiv.org/abs/2205.05638)) trains one factor for each output:
-# $y = (x W^\top) \circ l$. Forward keeps $z = x W^\top$. Write backward: it returns $dx$ and $\{\text{"l"}: dl\}$.
+# $y = (x W^\top) \circ l$. Forward keeps $z = x W^\top$, as `saved.z`; `p.l` is $l$. Write backward: it returns
+# `dx, {"l": dl}`.
 
 
 # %%
@@ -465,7 +547,7 @@ def ia3_backward(dy, saved, W, p): ...
 
 # %%
 l = draw(d_out)
-given = dy, {"z": x @ W.T}, W, {"l": l}
+given = dy, Saved(z=x @ W.T), W, Saved(l=l)
 ia3_loss = lambda x, l: ((x @ W.T * l) * dy).sum()
 assess(
     "ia3_backward",
@@ -475,7 +557,10 @@ assess(
         "dl is not the derivative by differences",
         lambda f: gradcheck(ia3_loss, {"l": f(*given)[1]["l"]}, {"x": x, "l": l}),
     ),
-    ("dx is not: x reaches y through W and l", lambda f: gradcheck(ia3_loss, {"x": f(*given)[0]}, {"x": x, "l": l})),
+    (
+        "dx is not: x reaches y through W and l",
+        lambda f: gradcheck(ia3_loss, {"x": f(*given)[0]}, {"x": x, "l": l}),
+    ),
 )
 
 # %% [markdown]
@@ -483,8 +568,8 @@ assess(
 #
 # ```python
 # def ia3_backward(dy, saved, W, p):
-#     dl = (dy * saved["z"]).sum(axis=0)  # l_i multiplies z_i in every row
-#     dx = (dy * p["l"]) @ W  # z reaches y through l, x reaches z through W
+#     dl = (dy * saved.z).sum(axis=0)  # l_i multiplies z_i in every row
+#     dx = (dy * p.l) @ W  # z reaches y through l, x reaches z through W
 #     return dx, {"l": dl}
 # ```
 #

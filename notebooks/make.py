@@ -24,7 +24,9 @@ def cells(text: str) -> list[tuple[str, str]]:
     for part in re.split(r"^# %%", text, flags=re.MULTILINE)[1:]:
         head, _, body = part.partition("\n")
         if head.strip() == "[markdown]":
-            found.append(("markdown", re.sub(r"^# ?", "", body.strip("\n"), flags=re.MULTILINE)))
+            found.append(
+                ("markdown", re.sub(r"^# ?", "", body.strip("\n"), flags=re.MULTILINE))
+            )
         else:
             found.append(("code", body.strip("\n")))
     return found
@@ -34,8 +36,15 @@ def notebook(text: str) -> dict:
     """The notebook of a percent-format file, without outputs, in the form of nbformat 4.5."""
     made = []
     for i, (kind, source) in enumerate(cells(text)):
-        cell = {"cell_type": kind, "id": f"cell-{i:02}", "metadata": {}, "source": source.splitlines(keepends=True)}
-        made.append(cell | {"execution_count": None, "outputs": []} if kind == "code" else cell)
+        cell = {
+            "cell_type": kind,
+            "id": f"cell-{i:02}",
+            "metadata": {},
+            "source": source.splitlines(keepends=True),
+        }
+        made.append(
+            cell | {"execution_count": None, "outputs": []} if kind == "code" else cell
+        )
     return {"cells": made, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5}
 
 
@@ -47,7 +56,9 @@ def executed(plain: dict, folder) -> dict:
     node = nbformat.from_dict(json.loads(json.dumps(plain)))
     for cell in node.cells:
         cell.source = "".join(cell.source)
-    NotebookClient(node, timeout=SECONDS, resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(
+        node, timeout=SECONDS, resources={"metadata": {"path": str(folder)}}
+    ).execute()
     return tidy(json.loads(nbformat.writes(node)))
 
 
@@ -60,7 +71,11 @@ def tidy(ran: dict) -> dict:
         for output in cell.get("outputs", []):
             if output.get("name") == "stderr":
                 continue
-            if output["output_type"] == "stream" and outputs and outputs[-1]["output_type"] == "stream":
+            if (
+                output["output_type"] == "stream"
+                and outputs
+                and outputs[-1]["output_type"] == "stream"
+            ):
                 outputs[-1]["text"] += output["text"]
             else:
                 outputs.append(output)

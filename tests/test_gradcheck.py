@@ -302,6 +302,14 @@ def test_a_report_is_true_or_false_and_prints_its_rows():
     assert f"analytic {bad.rows[0].analytic:+.6e}" in str(bad)
 
 
+def test_a_wrong_shape_prints_the_guess_and_no_numbers():
+    lines = str(gradcheck(cubic, {"x": RIGHT["c"]}, POINT, "cubic")).splitlines()
+    assert lines[1:] == [
+        "  FAIL x        shape",
+        "       guess: the gradient has shape (4,); it must have the array's shape, (3, 4)",
+    ]
+
+
 @pytest.mark.parametrize("grads", [RIGHT, {"x": -RIGHT["x"]}, {"x": RIGHT["c"]}, {"x": np.nan * RIGHT["x"]}])
 def test_a_report_is_json(grads):
     report = gradcheck(cubic, grads, POINT, "cubic")

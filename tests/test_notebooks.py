@@ -127,7 +127,10 @@ def exercises(name):
 
 
 def answers(name) -> dict:
-    """The file's {function: (right source, wrong source)}; nothing where there is no such file, which fails below."""
+    """The file's {function: (right, wrong)}, each the source of an answer or a tuple of several.
+
+    Nothing where there is no such file, which fails below.
+    """
     path = ROOT / "tests" / "notebooks" / f"answers_{name[:2]}.py"
     return runpy.run_path(str(path))["ANSWERS"] if path.exists() else {}
 
@@ -207,11 +210,15 @@ CASES = [(name, function) for name in NAMES for function in answers(name)]
 
 @pytest.mark.parametrize(("name", "function"), CASES)
 def test_a_right_answer_is_right_and_a_wrong_one_gets_a_hint(name, function):
-    right, wrong = answers(name)[function]
+    several = lambda sources: (sources,) if isinstance(sources, str) else sources
+    right, wrong = map(several, answers(name)[function])
+    assert right and wrong
     assert verdict(name, function).startswith("○")
-    assert verdict(name, function, right).startswith("✓")
-    said = verdict(name, function, wrong)
-    assert said.startswith("✗") and "NameError" not in said, said
+    for answer in right:
+        assert (said := verdict(name, function, answer)).startswith("✓"), said + answer
+    for answer in wrong:
+        said = verdict(name, function, answer)
+        assert said.startswith("✗") and "NameError" not in said, said + answer
 
 
 # ------------------------------------------------------------------------------------- the figures that stand in a text

@@ -935,8 +935,14 @@ def test_the_pages_commands_run(tmp_path, monkeypatch, capsys):
 
 def test_the_pages_code_prints_what_it_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block("python", "In Python:\n"), "docs/peft.md", "exec"), {})
+    page = re.sub(r"<!-- with PEFT -->\n```python\n.*?^```$", "", PAGE, flags=re.MULTILINE | re.DOTALL)
+    code = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(code) == PAGE.count("```python") - 1 == 2
+    namespace = {}
+    for part in code:
+        exec(compile(part, "docs/peft.md", "exec"), namespace)
     assert capsys.readouterr().out == block("text")
+    assert float(namespace["optimizer"].lr_scale.max()) == 16.0
 
 
 def rows():

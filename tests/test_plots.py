@@ -1,7 +1,9 @@
 """The notebooks' figures: they draw what was given, tell nothing by colour alone, and no text covers another."""
 
 import io
-from itertools import combinations
+import json
+from itertools import combinations, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,15 @@ REPORT = gradcheck.Report("lora", (
     GOOD, gradcheck.Row("A", "central", False, 6.0, (0, 0), 7.0, 1.0, "guess: off by a constant factor 7"),
     gradcheck.Row("x", "shape", False, np.inf, (), np.nan, np.nan, "guess: transposed"),
 ))  # fmt: skip
+
+
+COMPARED = json.loads((Path(__file__).parents[1] / "docs" / "compare.json").read_text(encoding="utf-8"))
+
+
+def compared(*names):
+    """What ``minilora compare --methods NAMES`` would have recorded; all methods without names."""
+    rows = [row for row in COMPARED["rows"] if not names or row["method"] in names]
+    return COMPARED | {"rows": rows, "curves": {row["method"]: COMPARED["curves"][row["method"]] for row in rows}}
 
 
 def attention_of(heads, T):
@@ -71,12 +82,12 @@ def texts(figure):
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
-            for minor in (False, True):
-                for at, label in zip(axis.get_ticklocs(minor=minor), axis.get_ticklabels(minor=minor), strict=True):
-                    if not (axes.axison and low - 1e-9 <= at <= high + 1e-9):
-                        unseen.add(label)
+            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+                if not (axes.axison and low - 1e-9 <= tick.get_loc() <= high + 1e-9):
+                    unseen |= {tick.label1, tick.label2}
     drawn = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    return [(text.get_text(), text.get_window_extent(renderer)) for text in drawn if text not in unseen]
+    own = lambda text: Text.get_window_extent(text, renderer)  # without the arrow of an annotation
+    return [(text.get_text(), own(text)) for text in drawn if text not in unseen]
 
 
 def colliding(figure):
@@ -156,6 +167,17 @@ def test_curves_differ_by_more_than_colour_once_the_palette_is_used_up():
     looks = [(line.get_color(), line.get_linestyle()) for line in drawn]
     assert len(set(looks)) == len(looks) == 8
     assert {color for color, _ in looks} == set(plots.COLOURS)
+
+
+def test_curves_that_lie_on_one_another_are_all_seen():
+    same = dict.fromkeys("abcd", LOW_RANK)
+    losses, values = (draw(same).axes[0].lines for draw in (plots.loss_curves, plots.singular_values))
+    for drawn in (losses, values):
+        widths = [line.get_linewidth() for line in drawn]
+        assert all(below > above + 0.3 for below, above in pairwise(widths))
+        assert len({line.get_linestyle() for line in drawn}) == 4
+    marks = [line.get_markersize() for line in values]
+    assert marks == sorted(set(marks), reverse=True)
 
 
 def test_points_lie_where_they_were_put_and_scales_are_logarithmic():
@@ -297,6 +319,18 @@ def test_an_edge_that_skips_a_layer_goes_round():
     assert sorted(bent(plots.graph(x.exp().exp() + x))) == [0.0, 0.0, 0.0, 0.3]
 
 
+def test_an_edge_that_goes_round_leads_from_box_to_box():
+    x = Tensor(np.ones(3), requires_grad=True)
+    figure = plots.graph(x.exp().exp().tanh() * x, names={"a leaf of a long name": x})
+    figure.draw(FigureCanvasAgg(figure).get_renderer())
+    drawn = figure.axes[0].texts
+    boxes = {t.get_text(): t.get_bbox_patch().get_window_extent().padded(3) for t in drawn if t.get_bbox_patch()}
+    (around,) = (a for t in drawn if (a := getattr(t, "arrow_patch", None)) and a.get_connectionstyle().rad)
+    start, _, end = around.get_path().vertices[:3]  # of the curve; those of the head follow
+    assert boxes["a leaf of a long name"].contains(*start)
+    assert boxes["mul"].contains(*end)
+
+
 def test_a_graph_that_is_too_large_or_is_none_is_refused():
     x = Tensor(np.ones(3), requires_grad=True)
     with pytest.raises(InputError, match="has 0 nodes; between 1 and 40"):
@@ -306,6 +340,55 @@ def test_a_graph_that_is_too_large_or_is_none_is_refused():
     plots.graph(x)
     with pytest.raises(InputError, match="has 41 nodes"):
         plots.graph(x.tanh())
+
+
+# -------------------------------------------------------------------------------- minilora compare
+
+
+@pytest.mark.parametrize("names", [(), ("lora", "dora"), ("dora", "dora_detached"), ("lora",)], ids=len)
+def test_the_comparison_of_any_number_of_methods_can_be_read(names):
+    figure = plots.comparison(compared(*names))
+    assert colliding(figure) == []
+    assert set(names or methods.names()) <= set(words(figure).split("\n"))
+
+
+def test_each_method_of_a_comparison_has_a_look_of_its_own_and_the_legend_shows_it():
+    figure = plots.comparison(compared())
+    curves, trade = figure.axes[:2]
+    looks = {line.get_label(): (line.get_color(), line.get_linestyle(), line.get_marker()) for line in curves.lines}
+    assert list(looks) == methods.names() and len(set(looks.values())) == len({m for *_, m in looks.values()}) == 12
+    (legend,) = [legend for part in figure.subfigs for legend in part.legends]
+    shown = {t.get_text(): (h.get_color(), h.get_linestyle(), h.get_marker())
+             for t, h in zip(legend.get_texts(), legend.get_lines(), strict=True)}  # fmt: skip
+    assert shown == looks
+    assert [(p.get_color(), p.get_marker()) for p in trade.lines] == [(c, m) for c, _, m in looks.values()]
+
+
+def test_a_comparison_shows_the_recorded_losses_on_axes_that_are_scaled_to_them():
+    curves, trade = plots.comparison(compared()).axes[:2]
+    for line, point, row in zip(curves.lines, trade.lines, COMPARED["rows"], strict=True):
+        assert line.get_xydata().tolist() == COMPARED["curves"][row["method"]]
+        assert point.get_xydata().tolist() == [[row["loss_b_after"], row["loss_a_after"]]]
+        assert [name.xy for name in trade.texts if name.get_text() == row["method"]] == [
+            (row["loss_b_after"], row["loss_a_after"])
+        ]
+    low, high = trade.get_xlim()
+    losses = [row["loss_b_after"] for row in COMPARED["rows"]]
+    assert low < min(losses) and high > max(losses) and high - low < 1.2 * (max(losses) - min(losses))
+    assert "before tuning: 2.225" in trade.get_xlabel() and "before tuning: 1.785" in trade.get_ylabel()
+
+
+def test_a_method_that_diverged_does_not_squeeze_the_others():
+    result = compared("lora", "dora")
+    result["curves"]["dora"] = [[step, loss if step < 60 else 9.0] for step, loss in result["curves"]["dora"]]
+    low, high = plots.comparison(result).axes[0].get_ylim()
+    assert 1.7 < low < 1.9 and 2.35 < high < 2.7
+
+
+def test_points_that_are_nearly_one_lie_near_each_other():
+    for axis in ("x", "y"):
+        low, high = getattr(plots.comparison(compared("dora", "dora_detached")).axes[1], f"get_{axis}lim")()
+        assert high - low > 0.02
 
 
 def test_arrays_of_a_device_are_drawn_too():

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pages
 import pytest
 
 import minilora
@@ -43,6 +44,24 @@ def test_each_notebook_has_a_row_with_its_title_and_a_badge_that_leads_to_it():
         title = re.search(r"^# # (.*)$", path.with_suffix(".py").read_text(), re.MULTILINE)[1]
         assert f"[{title}](notebooks/{path.name})" in row
         assert f"colab.research.google.com/github/minilora/minilora/blob/main/notebooks/{path.name})" in row
+
+
+def test_the_site_has_the_same_table_of_notebooks():
+    rows = lambda text: re.findall(r"^\|.*(\[\d\d · [^]]*\]\(notebooks/\w+\.ipynb\) \| .* \|)$", text, re.MULTILINE)
+    page = (ROOT / "docs/learn.md").read_text().replace("](../notebooks/", "](notebooks/")
+    assert rows(page) == rows(README)
+    assert len(rows(README)) == 12
+
+
+def test_the_reading_order_is_the_same_on_the_site():
+    beside = {"elementary.py", "blocks.py"}
+
+    def order(text):
+        lines = [re.findall(r"minilora/([\w/]+\.py)\)", line) for line in re.findall(r"^\d\. .*", text, re.MULTILINE)]
+        return [[name for name in names if name not in beside] for names in lines if names]
+
+    assert order(README) == order((ROOT / "docs/start.md").read_text())
+    assert len(order(README)) == 7
 
 
 def test_the_demo_is_twelve_lines():
@@ -105,3 +124,14 @@ def test_a_command_line_on_a_page_is_one_that_the_program_takes(line):
 
     argv = shlex.split(line, comments=True)[1:]
     build_parser(argv).parse_args(argv)  # exits with a message where it does not
+
+
+SITE = [p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts]
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *SITE], ids=lambda path: path.stem)
+def test_no_line_of_code_is_cut_off_on_a_page(path):
+    """92 characters are seen; README's commands may be longer, since GitHub's page is wider."""
+    most = 120 if path.name == "README.md" else 92
+    lines = "".join(pages.FENCED.findall(path.read_text(encoding="utf-8"))).splitlines()
+    assert not [line for line in lines if len(line) > most]

@@ -5,6 +5,7 @@ import inspect
 import math
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import standin_cupy
 from standin_cupy import frames, kernels
 from standin_cupy.array import IMPLICIT, ndarray
 
-from minilora import GPT, SGD, AdamW, GPTConfig, adapt, backward, merge, methods, no_grad
+from minilora import GPT, SGD, AdamW, GPTConfig, adapt, backward, merge, methods, no_grad, pretrained
 from minilora.backend import fetch, to_host
 from minilora.errors import InputError, TrainingStopped
 from minilora.gradcheck import check_model, gradcheck
@@ -242,6 +243,27 @@ def test_a_training_step_waits_for_the_device_once(cupy, name, micro_batches):
         loss, norm = training_step(gpt, optimizer, *batch(seed), rng, micro_batches=micro_batches)
         assert isinstance(loss, float) and isinstance(norm, float)
         assert [file.rpartition("/")[2] for file, _ in frames.syncs] == ["backend.py"]  # fetch
+
+
+def test_a_step_launches_as_often_as_notebook_10_says(cupy, monkeypatch):
+    text = (Path(__file__).parents[1] / "notebooks" / "10_gpu.py").read_text(encoding="utf-8")
+    (said,) = re.findall(r"^LAUNCHES = (\d+)$", text, re.MULTILINE)
+    array, gathers = sys.modules["standin_cupy.array"], []
+    index_of, empty = array.index_of, cupy.empty
+
+    def noted(index):
+        if any(isinstance(part, ndarray) for part in (index if isinstance(index, tuple) else (index,))):
+            gathers.append(index)
+        return index_of(index)
+
+    gpt = adapt(pretrained().to("cuda"), "lora", verbose=False)
+    optimizer, ids = AdamW(gpt.trainable(), 5e-3), np.random.default_rng(0).integers(0, 96, (8, 129))
+    # Memory that is only taken and views launch nothing: what a test's function passes on is not counted.
+    monkeypatch.setattr(cupy, "empty", lambda *args, **options: empty(*args, **options))
+    monkeypatch.setattr(array, "index_of", noted)
+    before = frames.calls
+    training_step(gpt, optimizer, ids[:, :-1], ids[:, 1:])
+    assert frames.calls - before + len(gathers) == int(said)
 
 
 def test_a_run_waits_once_for_each_step_and_once_to_look_for_lost_gradients(cupy):

@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLOURS = {1: "#3b6fa0", 2: "#e09f3e"}
+INK = {"#3b6fa0": "white", "#e09f3e": "black"}
 
 
 def draw(seen, path):
@@ -57,10 +58,8 @@ def bars(axis, places, rows, width, colour, label):
     whiskers = [[q[1] - q[0] for q in quartiles], [q[2] - q[1] for q in quartiles]]
     style = {"ecolor": "#444444", "elinewidth": 0.9, "capsize": 2}
     axis.bar(places, heights, width * 0.94, color=colour, label=label, yerr=whiskers, error_kw=style, zorder=2)
-    for place, (_, middle, high) in zip(places, quartiles, strict=True):
-        offset = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 8.5}
-        ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.2}  # the line at 1.0 must not cross a number
-        axis.annotate(f"{middle:.2f}", (place, high), bbox=ground, zorder=4, **offset)
+    for place, middle in zip(places, heights, strict=True):  # at the foot, where neither the line at 1 nor a whisker is
+        axis.text(place, 0.03, f"{middle:.2f}", ha="center", va="bottom", fontsize=8, color=INK[colour], zorder=4)
 
 
 def label(axis, ticks, text):

@@ -1,11 +1,19 @@
 """The tables, in Markdown, of what was measured."""
 
+from shapes import SIZES
+
 NAMES = {
     "minilora": "BLAS threads",
     "minilora_micro_batches": "4 micro-batches",
     "torch": "PyTorch + PEFT",
     "torch_compiled": "torch.compile",
 }
+OPENING = """All rows behind [Speed](../speed.md). A step is forward, backward and AdamW; r = 8 on the six linears of
+each block. *Ratio*: minilora ÷ PyTorch + PEFT, so that below 1 minilora is faster; its median over the rounds, and
+their quartiles. *Threads*: of both sides; on two, minilora's time is the better of two workers, each with one thread,
+and one process with two threads of BLAS."""
+OF_ONE_PROCESS = """*Peak*: the most memory of one process; on two threads it is the one with two threads of BLAS, not
+the two workers whose times are above. *Keeps*: what one forward pass keeps for backward."""
 
 
 def name(label):
@@ -35,14 +43,15 @@ def tables(seen):
     """The whole report."""
     rows = seen["rows"]
     facts = "; ".join(f"{key} {value}" for key, value in seen["machine"].items())
-    parts = ["# minilora beside PyTorch + PEFT", f"{facts}.", f"```sh\npython benchmarks/{seen['command']}\n```"]
-    parts += ["## One training step", steps(rows)]
+    parts = ["# minilora beside PyTorch + PEFT", OPENING, sizes(dict.fromkeys(row["size"] for row in rows))]
+    parts += [f"{facts}.", f"```sh\npython benchmarks/{seen['command']}\n```", "## One training step", steps(rows)]
     notes = [f"- {r['size']}, {r['method']}, {r['threads']} thread(s): {note}" for r in rows for note in r["notes"]]
     parts += ["\n".join(notes)] if notes else []
     lora = [row for row in rows if "forward_ms" in row]
     if lora:
-        parts += ["## Forward alone, and generation (LoRA, not merged)", forward(lora)]
-    parts += ["## Memory", memory(rows)]
+        parts += ["## LoRA's step in other ways", others(lora)]
+        parts += ["## Forward alone, and generation (LoRA, not merged)", forward(lora), generation(lora)]
+    parts += ["## Memory", memory(rows), OF_ONE_PROCESS]
     if None not in seen["imports_mb"].values():
         ours, theirs = (f"{seen['imports_mb'][side]:.0f} MB" for side in ("minilora", "torch"))
         parts += [f"Of the peak, the imports alone: minilora {ours}, PyTorch + PEFT {theirs}."]
@@ -55,55 +64,83 @@ def tables(seen):
     return "\n\n".join(parts)
 
 
+def sizes(names):
+    """What the names of sizes mean."""
+    heads = ["size", "layers:", "width d:", "heads:", "context T:", "sequences:", "tokens a step:", "vocabulary:"]
+    out = []
+    for size in names:
+        vocabulary, T, d, layers, n_heads, batch = SIZES[size]
+        numbers = (layers, d, n_heads, T, batch, batch * T, vocabulary)
+        out.append([size, *(f"{number:,}" for number in numbers)])
+    return table(heads, out)
+
+
+def one_or_two(row):
+    """The threads of minilora's time in a row: on two it is that of workers, or of BLAS, whichever was faster."""
+    if row["threads"] == 1:
+        return "1"
+    return name(row["best"]) if "workers" in row["best"] else f"{row['threads']}, of BLAS"
+
+
 def steps(rows):
-    compiled = any("torch_compiled" in row["ms"] for row in rows)
-    heads = ["size", "method", "threads:", "minilora, ms:", "with", "PyTorch + PEFT, ms:", "ratio:", "quartiles"]
-    heads += ["torch.compile, ms:", "ratio:", "first step, s:"] if compiled else []
+    heads = ["size", "method", "threads", "minilora, ms:", "PyTorch + PEFT, ms:", "ratio:", "quartiles"]
     out = []
     for row in rows:
-        ms, best = row["ms"], row["best"]
-        ways = [label for label in ms if label == "minilora" or "workers" in label]
-        how = "1 thread" if row["threads"] == 1 else name(best)
-        how += "".join(f" ({name(label)}: {ms[label]:.1f})" for label in ways if label != best)
-        cells = [row["size"], f"`{row['method']}`", str(row["threads"]), f"{ms[best]:.1f}", how, f"{ms['torch']:.1f}"]
-        cells += [f"**{row['ratio_quartiles'][1]:.2f}**", quartiles(row["ratio_quartiles"])]
-        if "torch_compiled" in ms:
-            again = row["compiled_ratio_quartiles"][1]
-            cells += [f"{ms['torch_compiled']:.1f}", f"{again:.2f}", f"{row['compile_seconds']:.1f}"]
-        elif compiled:
-            cells += ["–", "–", "–"]
-        out.append(cells)
+        ms = row["ms"]
+        cells = [row["size"], f"`{row['method']}`", one_or_two(row), f"{ms[row['best']]:.1f}", f"{ms['torch']:.1f}"]
+        out.append([*cells, f"**{row['ratio_quartiles'][1]:.2f}**", quartiles(row["ratio_quartiles"])])
     return table(heads, out)
+
+
+def others(rows):
+    """LoRA's step in other ways: minilora's with BLAS threads and in micro-batches, PyTorch's compiled."""
+    heads = ["size", "threads:", "minilora, ms:", "with BLAS threads:", "in 4 micro-batches:"]
+    heads += ["torch.compile, ms:", "minilora ÷ torch.compile:", "its first step, s:"]
+    out = []
+    for row in rows:
+        ms = row["ms"]
+        blas = ms if "workers" in row["best"] else {}
+        cells = [row["size"], str(row["threads"]), f"{ms[row['best']]:.1f}", shown(blas, "minilora", ".1f")]
+        cells += [shown(ms, "minilora_micro_batches", ".1f"), shown(ms, "torch_compiled", ".1f")]
+        again = row.get("compiled_ratio_quartiles")
+        out.append([*cells, f"{again[1]:.2f}" if again else "–", shown(row, "compile_seconds", ".1f")])
+    return table(heads, out)
+
+
+def shown(values, key, form):
+    """values[key], or a dash where there is none."""
+    return "–" if values.get(key) is None else format(values[key], form)
 
 
 def forward(rows):
     heads = ["size", "threads:", "minilora, ms:", "PyTorch + PEFT, ms:", "ratio:", "quartiles"]
-    heads += ["minilora, tokens / s:", "PyTorch + PEFT, tokens / s:", "tokens alike"]
     out = []
     for row in rows:
-        ms, rate, said = row["forward_ms"], row["tokens_per_second"], row["generated"]
+        ms, ratio = row["forward_ms"], row["forward_ratio_quartiles"]
         cells = [row["size"], str(row["threads"]), f"{ms['minilora']:.1f}", f"{ms['torch']:.1f}"]
-        cells += [f"{row['forward_ratio_quartiles'][1]:.2f}", quartiles(row["forward_ratio_quartiles"])]
-        cells += [
-            f"{rate['minilora']:.0f}",
-            f"{rate['torch']:.0f}",
-            f"{said['alike_from_the_start']} of {said['tokens']}",
-        ]
-        out.append(cells)
+        out.append([*cells, f"{ratio[1]:.2f}", quartiles(ratio)])
+    return table(heads, out)
+
+
+def generation(rows):
+    heads = ["size", "threads:", "minilora, tokens / s:", "PyTorch + PEFT, tokens / s:", "tokens alike"]
+    out = []
+    for row in rows:
+        rate, said = row["tokens_per_second"], row["generated"]
+        cells = [row["size"], str(row["threads"]), f"{rate['minilora']:.0f}", f"{rate['torch']:.0f}"]
+        out.append([*cells, f"{said['alike_from_the_start']} of {said['tokens']}"])
     return table(heads, out)
 
 
 def memory(rows):
-    heads = ["size", "method", "threads:", "minilora, peak MB:", "4 micro-batches:", "PyTorch + PEFT, peak MB:"]
-    heads += ["step with 4 micro-batches, ms:", "whole, ms:", "minilora keeps, MiB:", "PyTorch + PEFT keeps, MiB:"]
+    heads = ["size", "method", "threads:", "minilora, peak MB:", "in 4 micro-batches:", "PyTorch + PEFT, peak MB:"]
+    heads += ["minilora keeps, MiB:", "PyTorch + PEFT keeps, MiB:"]
     out = []
     for row in rows:
-        peak, kept, micro = row["peak_mb"], row["kept_bytes"], "minilora_micro_batches"
-        shown = lambda values, key, form: "–" if values.get(key) is None else format(values[key], form)
-        cells = [row["size"], f"`{row['method']}`", str(row["threads"]), shown(peak, "minilora", ",.0f")]
-        cells += [shown(peak, micro, ",.0f"), shown(peak, "torch", ",.0f"), shown(row["ms"], micro, ".1f")]
-        cells += [f"{row['ms']['minilora']:.1f}", *(f"{kept[side] / 2**20:.1f}" for side in ("minilora", "torch"))]
-        out.append(cells)
+        peak, kept = row["peak_mb"], row["kept_bytes"]
+        cells = [row["size"], f"`{row['method']}`", str(row["threads"])]
+        cells += [shown(peak, side, ",.0f") for side in ("minilora", "minilora_micro_batches", "torch")]
+        out.append([*cells, *(f"{kept[side] / 2**20:.1f}" for side in ("minilora", "torch"))])
     return table(heads, out)
 
 

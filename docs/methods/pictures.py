@@ -50,7 +50,7 @@ def B(state="trained", note="starts at 0"):
 
 
 M = Array("m", ("d_out",), "trained")
-NORM = Array("n", ("d_out",), "computed")
+NORM = Array("n", ("d_out",), "kept")
 
 # The merged weight of each method, from left to right; then the line below it, and what its forward pass makes.
 WEIGHTS = {
@@ -59,12 +59,12 @@ WEIGHTS = {
     "rslora": [W(), "+ s", B(), A()],
     "lora_plus": [W(), "+ s", B(note="rate λ η"), A(note="rate η")],
     "lora_fa": [W(), "+ s", B(), A("frozen")],
-    "lora_fa_corrected": [W(), "+ s", B(), A("frozen"), ";  C =", Array("C", ("r", "r"), "frozen")],
+    "lora_fa_corrected": [W(), "+ s", B(), A("frozen"), ";  dB = G", Array("C", ("r", "r"), "frozen")],
     "pissa": [
-        W(note="what is left of W"),
+        W(note="the rest: W − s B A at the start"),
         "+ s",
-        B(note="the r largest"),
-        A(note="singular directions of W"),
+        B(note="r largest left directions"),
+        A(note="r largest right directions"),
     ],
     "delta_lora": [W("moved", "moves with B A"), "+ s", B(), A()],
     "delta_lora_control": [W(), "+ s", B(), A()],
@@ -88,7 +88,7 @@ LINES = {
     "rslora": "s = alpha / √r",
     "lora_plus": "s = alpha / r;  λ = lr_ratio",
     "lora_fa": "s = alpha / r",
-    "lora_fa_corrected": "C = (A Aᵀ)⁻¹ / s² multiplies dB",
+    "lora_fa_corrected": "C = (A Aᵀ)⁻¹ / s² multiplies the gradient G",
     "pissa": "s = alpha / r;  at the start the sum is W as it was",
     "delta_lora": "s = alpha / r;  after each step W ← W + λ s (B A − B′ A′)",
     "delta_lora_control": "s = alpha (1 + λ) / r",
@@ -105,6 +105,12 @@ MADE = {  # by the forward pass, and whether it is kept for backward
     "full": ((X,), (Y,)),
 }
 ORDER = "xhzny"
+NOTES = {  # what stands on PEFT's side in the table's last column, where that is not plainly the same method
+    "full": "`full` is timed against PyTorch alone.",
+    "lora_fa": "`lora_fa` is timed against PEFT's LoRA with `lora_A` frozen by hand.",
+    "vera": "`vera` is timed at $r = 8$ on both sides; its other figures are at $r = 64$.",
+    "dora": "`dora` is timed against PEFT's, whose norm is detached.",
+}
 
 
 def picture(name):
@@ -114,7 +120,7 @@ def picture(name):
     axes.set(xlim=(-0.1, WIDTH), ylim=(-2.85, 3.4), aspect="equal")
     axes.axis("off")
     axes.text(0, 3.15, f"{name}:  {LINES[name]}", fontsize=11.5, fontweight="bold", va="center")
-    draw_line(axes, ["W′ =", *WEIGHTS[name]], 1.8)
+    draw_line(axes, ["M =", *WEIGHTS[name]], 1.8)
     kept, freed = MADE[name]
     made = [Array(*a, "kept") for a in kept] + [Array(*a, "computed") for a in freed]
     made.sort(key=lambda a: ORDER.index(a.name))
@@ -172,7 +178,9 @@ def table(names, results: dict, speed: dict) -> str:
         if row["size"] == "M" and row["threads"] == 1
     }
     first = results["rows"][0]
-    heads = "trained numbers", "loss on the Folio", "loss on modern text", "kept, MiB", "a step, ms", "÷ PEFT's"
+    heads = (
+        "trained numbers", "loss on the Folio", "loss on modern text", "kept, MiB", "a step, ms", "time ÷&nbsp;PEFT's",
+    )  # fmt: skip
     lines = [
         "| | " + " | ".join(heads) + " |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -187,12 +195,14 @@ def table(names, results: dict, speed: dict) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"Lower is better throughout. {first['steps']} steps on one seed, each method at its own learning rate: the",
-        "loss on the Folio is what was learnt, that on modern text what was not forgotten",
-        "([settings and samples](../compare.md)). Last column: the time of a step divided by that of PyTorch + PEFT,",
-        "at size M on one thread ([speed](../speed.md)).",
+        f"Lower is better. {first['steps']} steps on one seed, each method at its own learning rate, on the Folio,",
+        "Shakespeare in the spelling of 1623. The loss on the Folio shows what was learnt, that on modern text what",
+        "was forgotten ([settings and samples](../compare.md)). Last column: the time of a step divided by that of",
+        "PyTorch + PEFT, for a model of [size M](../speed.md) on one thread.",
     ]
-    return "\n".join(lines)
+    notes = [NOTES[name] for name in names if name in NOTES]
+    notes += ["– means not timed."] if not set(names) <= set(beside_peft) else []
+    return "\n".join(lines + notes)
 
 
 def fill(page: str, results: dict, speed: dict) -> str:

@@ -56,6 +56,6 @@ class LoRAFACorrected(LoRA):
         return dx, {"B": dB}
 
     def surrogate(self, x, W, p, at):
-        """B2 is not the loss's gradient. It is the gradient in the coordinates D of B = B₀ + D C, at D = 0."""
+        """B2 is not the loss's gradient. It is the gradient in the coordinates Q of B = B₀ + Q C, at Q = 0."""
         B = at.B + (p.B - at.B) @ at.C  # (d_out, r)
         return x @ W.T + (x @ at.A.T) @ (self.scaling * B).T  # (N, d_out)

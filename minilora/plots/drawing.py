@@ -25,12 +25,12 @@ def graph(result, title="", names=None):
     axes = figure.subplots()
     axes.set(title=title, xlim=(0, 1), ylim=(-sum(heights), 0.1))
     axes.axis("off")
-    place, depth = {}, {}
+    place, depth, boxes = {}, {}, {}
     for k, row in enumerate(rows):
         for i, node in enumerate(row):
             place[node], depth[node] = ((i + 0.5) / len(row), -0.2 - sum(heights[:k])), k
     for node in nodes:
-        _draw(axes, node, place, depth, called)
+        _draw(axes, node, place, depth, called, boxes)
     return figure
 
 
@@ -56,12 +56,16 @@ def _kept(node) -> list[str]:
     return [f"{name} {tuple(array.shape)}" for name, array in arrays_of(node.saved)]
 
 
-def _draw(axes, node, place, depth, called):
-    """The node, what it keeps beneath it, and an arrow from each of its parents, or two from one that it uses twice."""
+def _draw(axes, node, place, depth, called, boxes):
+    """The node, what it keeps beneath it, and an arrow from each of its parents, or two from one that it uses twice.
+
+    ``boxes`` {node: its Text} has the parents, and receives the node.
+    """
     x, y = place[node]
     color, shape = (COLOURS[2], "ellipse,pad=0.25") if node.vjp is None else (COLOURS[0], "round,pad=0.3")
     box = {"boxstyle": shape, "facecolor": "white", "edgecolor": color, "linewidth": 1.6}
-    axes.text(x, y, called.get(id(node), node.name), ha="center", va="center", fontsize=10, bbox=box, zorder=3)
+    name = called.get(id(node), node.name)
+    boxes[node] = axes.text(x, y, name, ha="center", va="center", fontsize=10, bbox=box, zorder=3)
     if kept := _kept(node):
         back = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
         axes.text(x, y - 0.18, "\n".join(kept), ha="center", va="top", fontsize=8.5, color=GREY, bbox=back, zorder=2)
@@ -72,7 +76,16 @@ def _draw(axes, node, place, depth, called):
             px, py = place[parent]
             start, end = (px + beside, py - 0.17 - LINE * len(_kept(parent))), (x + beside, y + 0.16)
             arrow = {"arrowstyle": "->", "color": GREY, "linewidth": 1.1}
+            within = {}
             if depth[node] - depth[parent] > 1:  # from side to side, around what lies between
-                start, end = (px - 0.035, py), (x - 0.035, y)
-                arrow["connectionstyle"] = "arc3,rad=0.3"
-            axes.annotate("", xy=end, xytext=start, arrowprops=arrow, zorder=1)
+                start = end = (-4.0, 0.0)  # points from the middle of the name's left edge: where its box begins
+                within = {"xycoords": _left_of(boxes[node]), "textcoords": _left_of(boxes[parent])}
+                arrow |= {"connectionstyle": "arc3,rad=0.3", "shrinkA": 0, "shrinkB": 0}
+            axes.annotate("", xy=end, xytext=start, arrowprops=arrow, zorder=1, **within)
+
+
+def _left_of(text):
+    """Coordinates in points from the middle of the left edge of a Text, known once it is drawn."""
+    from matplotlib.text import OffsetFrom
+
+    return OffsetFrom(text, (0.0, 0.5), unit="points")

@@ -11,6 +11,8 @@ from ..gradcheck import CENTRAL_TOLERANCE, COMPLEX_TOLERANCE
 from .style import GREY, look, marker, new_page, on_host, styled
 
 RIGHT, WRONG = "#009E73", "#D55E00"
+DASHES = ["-", "--", "-.", ":"]
+DASHED = 3.2  # in letters: long enough for a legend's line to show its dashes
 TOLERANCES = {"central": CENTRAL_TOLERANCE, "complex": COMPLEX_TOLERANCE}  # a wrong shape has none
 
 
@@ -23,14 +25,14 @@ def lines(curves, title="", xlabel="", ylabel="", logx=False, logy=False, points
     figure, axes = _axes(4.0, title, xlabel, ylabel, grid="both")
     for i, (name, (x, y)) in enumerate(curves.items()):
         x, y = on_host(x), np.atleast_2d(on_host(y))
-        axes.plot(x, y.mean(axis=0), label=name, linewidth=1.8, **look(i))
+        axes.plot(x, y.mean(axis=0), label=name, **_curve(i, len(curves)))
         if len(y) > 1:
             axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=look(i)["color"], alpha=0.18, linewidth=0)
     for i, (name, (x, y)) in enumerate((points or {}).items()):
         color = look(len(curves) + i)["color"]
         axes.plot(x, y, label=name, color=color, linestyle="", marker=marker(i), markersize=8, zorder=3)
     _log(axes, "x" * logx + "y" * logy)
-    _legend(figure, axes)
+    _legend(figure, axes, handlelength=DASHED)
     return figure
 
 
@@ -75,9 +77,10 @@ def singular_values(updates, title="", most=32):
         values = np.linalg.svd(matrix, compute_uv=False)
         values = values[values > values[0] * max(matrix.shape) * np.finfo(matrix.dtype).eps]
         label, shown = f"{name} (rank {len(values)})", values[:most]
-        axes.plot(np.arange(1, len(shown) + 1), shown, label=label, marker=marker(i), markersize=4, **look(i))
+        shape = {"marker": marker(i), "markersize": 4 + len(updates) - i}
+        axes.plot(np.arange(1, len(shown) + 1), shown, label=label, **shape, **_curve(i, len(updates)))
     _log(axes, "y")
-    _legend(figure, axes)
+    _legend(figure, axes, handlelength=DASHED)
     return figure
 
 
@@ -215,12 +218,22 @@ def _axes(height, title, xlabel, ylabel, grid=None):
     return figure, axes
 
 
-def _legend(figure, axes, least=2):
+def _curve(i, count):
+    """How the i-th of ``count`` curves looks: thinner than those before it, and dashed in another way.
+
+    So those are seen that lie on one another.
+    """
+    return {**look(i), "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.8 + 1.4 * (count - 1 - i) / count}
+
+
+def _legend(figure, axes, least=2, handlelength=2.0):
     """The legend below, where nothing can lie under it; none for fewer than ``least`` names."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) >= least:
-        columns = max(1, min(len(labels), 88 // (max(map(len, labels)) + 8)))
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, borderaxespad=0.2)
+        letters = max(map(len, labels)) + 4 + 2 * handlelength
+        columns = max(1, min(len(labels), int(88 / letters)))
+        place = {"loc": "outside lower center", "borderaxespad": 0.2}
+        figure.legend(handles, labels, ncols=columns, handlelength=handlelength, **place)
 
 
 def _log(axes, which):

@@ -1,6 +1,11 @@
 """The figures of ``minilora compare`` and ``minilora sweep``, drawn from what these commands record."""
 
-from .style import GREY, look, marker, new_figure, styled
+import numpy as np
+
+from .style import GREY, look, new_figure, styled
+
+MARKS = "osD^v<>dphXP"  # no star, which is the best rate of a sweep
+LEAST_SPAN = 0.02  # nats that an axis of losses has at least: what is nearly equal shall look so
 
 
 @styled
@@ -8,49 +13,86 @@ def comparison(result: dict):
     """The figure of ``minilora compare``: learning curves, learning against forgetting, and three costs in bars."""
     rows, settings = result["rows"], result["settings"]
     names = [r["method"] for r in rows]
-    legend, bars = 0.5 + 0.22 * -(-len(rows) // 5), 1.1 + 0.24 * len(rows)
-    figure = new_figure(10.5, 3.4 + legend + bars + 0.5)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[3.4 + legend, bars + 0.5])
-    curves, trade = top.subplots(1, 2, width_ratios=[1.25, 1])
+    legend, bars = 0.2 + 0.22 * -(-len(rows) // 4), 1.1 + 0.24 * len(rows)
+    figure = new_figure(10.5, 4.1 + legend + bars + 0.7)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[4.1 + legend, bars + 0.7])
+    curves, trade = top.subplots(1, 2, width_ratios=[1.1, 1])
     _learning_curves(curves, result)
     _learning_against_forgetting(trade, rows)
-    top.legend(*trade.get_legend_handles_labels(), loc="outside lower center", ncols=min(5, len(rows) + 1))
+    top.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=4, handlelength=3)
     costs = bottom.subplots(1, 3, sharey=True)
     _bars(costs[0], names, [r["trainable"] / 1e3 for r in rows], "Trained numbers", "thousand", log=True)
     _bars(costs[1], names, [r["kept_bytes"] / 2**20 for r in rows], "Kept for backward", "MiB")
     _bars(costs[2], names, [r["seconds_per_step"] * 1e3 for r in rows], "Time of a step", "ms")
     tokens = settings["batch"] * settings["context"]
     figure.supxlabel(
-        f"{rows[0]['steps']} steps of {tokens:,} characters with AdamW. B: Shakespeare in the spelling of 1623; "
-        "A: in modern spelling.\nBoth losses are measured on Macbeth, which no training text holds.",
+        f"{rows[0]['steps']} steps of {tokens:,} characters with AdamW. The Folio: Shakespeare in the spelling of "
+        "1623, learnt here; modern text: in\ntoday's spelling, learnt before. "
+        "All losses are measured on Macbeth, which no training text holds.",
         fontsize=10, color=GREY,
     )  # fmt: skip
     return figure
 
 
+def _mark(i):
+    """The i-th method's mark: over a white edge, so that of two marks on each other both are seen."""
+    return {"marker": MARKS[i % len(MARKS)], "markersize": 8, "markeredgecolor": "white", "markeredgewidth": 0.6}
+
+
 def _learning_curves(axes, result):
-    for i, (name, curve) in enumerate(result["curves"].items()):
-        steps, losses = zip(*curve, strict=True)
-        axes.plot(steps, losses, label=name, linewidth=1.8, marker=marker(i), markevery=[-1], markersize=7, **look(i))
-    lowest = min(loss for curve in result["curves"].values() for _, loss in curve)
-    start = next(iter(result["curves"].values()))[0][1]
-    axes.set_ylim(lowest - 0.06 * (start - lowest) - 0.01, start + 0.3 * (start - lowest) + 0.01)
-    axes.set(title="Learning the Folio's spelling", xlabel="step", ylabel="held-out loss on B, nats per character")
+    """The curves from their second point on: the first, the loss before tuning, is the same for all and far above."""
+    from ..compare import GLANCE
+
+    curves = {name: np.array(curve) for name, curve in result["curves"].items()}
+    for i, (name, curve) in enumerate(curves.items()):
+        # The marks of neighbours in the legend do not lie on the same steps.
+        axes.plot(*curve.T, label=name, linewidth=1.8, markevery=slice(1 + i % 3, None, 3), **_mark(i), **look(i))
+    start = next(iter(curves.values()))[0, 1]
+    later = np.concatenate([curve[1:, 1] for curve in curves.values()])
+    low, high = later.min(), min(later.max(), start + 0.3 * abs(start - later.min()))  # one that diverged is cut off
+    axes.set_ylim(_limits([low, max(low, high)]))
+    axes.set(title="Learning the Folio's spelling", xlabel=f"step (loss before the first: {start:.2f})",
+             ylabel=f"loss on {GLANCE} passages of the Folio,\nnats per character")  # fmt: skip
 
 
 def _learning_against_forgetting(axes, rows):
-    base = rows[0]["loss_b_before"], rows[0]["loss_a_before"]
-    axes.scatter(*base, s=130, marker="*", color="#555555", zorder=3, label="before")
-    for i, r in enumerate(rows):
-        after = r["loss_b_after"], r["loss_a_after"]
-        axes.plot(*zip(base, after, strict=True), color="#cccccc", linewidth=0.8, zorder=1)
-        axes.scatter(*after, s=60, marker=marker(i), color=look(i)["color"], zorder=3, label=r["method"])
-    axes.margins(0.12)
-    axes.set(title="Learning against forgetting", xlabel="loss on B after (left is better)",
-             ylabel="loss on A after (down is better)")  # fmt: skip
+    learnt, forgot = ([row[key] for row in rows] for key in ("loss_b_after", "loss_a_after"))
+    for i, point in enumerate(zip(learnt, forgot, strict=True)):
+        axes.plot(*point, linestyle="", color=look(i)["color"], zorder=3, **_mark(i))
+    axes.set(xlim=_limits(learnt), ylim=_limits(forgot))
+    _names_beside(axes, [row["method"] for row in rows], learnt, forgot)
+    axes.set(title="Learning against forgetting",
+             xlabel=f"loss on the Folio (left is better)\nbefore tuning: {rows[0]['loss_b_before']:.3f}",
+             ylabel=f"loss on modern text (down is better)\nbefore tuning: {rows[0]['loss_a_before']:.3f}")  # fmt: skip
+
+
+def _limits(values, margin=0.07):
+    """An axis around ``values``."""
+    low, high = min(values), max(values)
+    wider = max(0.0, LEAST_SPAN - (high - low)) / 2 + margin * max(high - low, LEAST_SPAN)
+    return low - wider, high + wider
+
+
+def _names_beside(axes, names, x, y, gap=0.062):
+    """The names at the right edge, as high as their points or, at least ``gap`` apart, near it; a line leads to each.
+
+    The limits of ``axes`` have to be set; heights and ``gap`` are fractions of it.
+    """
+    low, high = axes.get_ylim()
+    order, steps = np.argsort(y), np.arange(len(y))
+    gap = min(gap, 1 / max(1, len(y) - 1))
+    wanted = (np.array(y)[order] - low) / (high - low) - gap * steps
+    pushed_up, pushed_down = np.maximum.accumulate(wanted), np.minimum.accumulate(wanted[::-1])[::-1]
+    heights = np.clip((pushed_up + pushed_down) / 2, 0, 1 - gap * steps[-1]) + gap * steps
+    for i, height in zip(order, heights, strict=True):
+        line = {"arrowstyle": "-", "color": look(i)["color"], "linewidth": 0.8, "relpos": (0, 0.5), "shrinkB": 2}
+        axes.annotate(names[i], (x[i], y[i]), (1.03, height), textcoords="axes fraction", va="center", fontsize=10,
+                      arrowprops=line, zorder=2)  # fmt: skip
 
 
 def _bars(axes, names, values, title, unit, log=False):
+    from matplotlib.ticker import NullFormatter
+
     y = range(len(names))
     axes.barh(y, values, color=[look(i)["color"] for i in y], height=0.65)
     axes.set_yticks(list(y), names)
@@ -60,6 +102,7 @@ def _bars(axes, names, values, title, unit, log=False):
     if log:
         axes.set_xscale("log")
         axes.set_xlim(left=min(values) / 3)
+        axes.xaxis.set(major_formatter="{x:,g}", minor_formatter=NullFormatter())
     axes.set_xlim(right=max(values) * (6 if log else 1.28))
     for i, value in enumerate(values):
         axes.annotate(

@@ -6,6 +6,7 @@ A file's name stands for all its tests, ``file::test`` for one with all its para
 HOST = {
     "test_backend.py": "plays CuPy itself, with arrays that can do nothing",
     "test_budget.py": "reads files: lines, imports",
+    "test_cli_page.py": "reads a page and what --help prints",
     "test_data.py": "texts and tokens, before there is an array of numbers",
     "test_devices.py": "plays drivers and CuPy itself, to see which sentence is said",
     "test_exercises.py": "grades a file's lines on host arrays, whose values it watches",
@@ -18,6 +19,7 @@ HOST = {
     "test_recorded.py": "reads recorded files",
     "test_reliability_page.py": "reads files: commands and the names of tests",
     "test_jupyterlab.py": "a browser and a server, processes of their own",
+    "test_reference.py": "pages that are built already",
     "test_site.py": "a browser, and pages that are built already",
     "test_speed_page.py": "reads recorded files",
     "test_determinism.py::test_three_runs_of_two_workers_are_the_same_to_the_bit": "worker processes are a host's",
