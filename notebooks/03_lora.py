@@ -578,8 +578,10 @@ for name, (rounded, unit) in formats.items():
 
 # %% [markdown]
 # The merged weight is as exact as its format. The *update*, which is a fiftieth of it, is fifty times less exact: in
-# bfloat16 the rounding error is a twelfth of all that was learnt, and one entry in ten does not move at all. Keep the
-# adapter beside the weight, or merge in float32. To unmerge by subtracting does not give the old bits back either:
+# bfloat16 the rounding error is a twelfth of all that was learnt, and one entry in ten does not move at all. An
+# adapter beside the weight is no more exact where all is computed in bfloat16, since there the *outputs* are rounded
+# ([measured](../docs/why/merge-difference.md)): where it matters, merge in float32. To unmerge by subtracting does not
+# give the old bits back either:
 
 # %%
 for name, (rounded, _) in formats.items():
