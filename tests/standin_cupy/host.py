@@ -16,6 +16,7 @@ HOST = {
     "test_kernels.py": "has the stand-in, and NumPy beside it, by itself",
     "test_notebooks.py": "reads files, and runs what the notebooks say on the host",
     "test_parallel.py": "worker processes share a host's memory, and a GPU refuses them",
+    "test_progress.py": "a bar is text: there is no array in it",
     "test_recorded.py": "reads recorded files",
     "test_reliability_page.py": "reads files: commands and the names of tests",
     "test_jupyterlab.py": "a browser and a server, processes of their own",
