@@ -7,7 +7,6 @@ import pytest
 
 from minilora.cli import build_parser, main
 
-pytestmark = pytest.mark.quick
 PAGE = pages.read("cli.md")
 MARKS = [mark.split() for mark in re.findall(r"<!-- minilora (.*) -->", PAGE)]
 

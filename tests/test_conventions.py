@@ -18,8 +18,6 @@ from minilora.engine import Saved
 from minilora.nn import Linear, Module
 from minilora.surgery import adapted_layers
 
-pytestmark = pytest.mark.quick
-
 METHODS = methods.names()
 PAGE = pages.read("conventions.md")
 every_method = pytest.mark.parametrize("name", METHODS)

@@ -40,7 +40,6 @@ def verdicts(grades):
 # --------------------------------------------------------------------------------------------------------------- assess
 
 
-@pytest.mark.quick
 def test_assess_says_one_of_three_things(capsys):
     tests = [("it should be 4 for 2", lambda f: f(2) == 4), ("and 0 for 0", lambda f: f(0) == 0)]
     assess("square", lambda x: ..., *tests)
