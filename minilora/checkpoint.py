@@ -41,9 +41,7 @@ def load_model(path) -> GPT:
     file = TensorFile(path, "a model file")
     if file.metadata.get("format") != MODEL:
         file.fail(f"is no model of the format {shown(MODEL)}; minilora pretrain and save_model() write one")
-    for key in ("config", DIGEST):
-        if key not in file.metadata:
-            file.fail(f'the description of the model lacks "{key}"')
+    require(file, "model", "config", DIGEST)
     try:
         config = GPTConfig(**described(file, "config"))
     except (InputError, TypeError) as error:
@@ -155,9 +153,7 @@ def read_description(file: TensorFile, form: str, model: GPT):
     if file.metadata.get("format") != form:
         found = file.metadata.get("format", "none")
         file.fail(f"is a safetensors file of the format {shown(found)}; expected {shown(form)}")
-    for key in ("base", "method", "layers", DIGEST):
-        if key not in file.metadata:
-            file.fail(f'the description of the adapter lacks "{key}"')
+    require(file, "adapter", "base", "method", "layers", DIGEST)
     if file.metadata["base"] != fingerprint(model):
         file.fail("was trained on another base model; load that one first (--base on the command line)")
     layers = parse_json(file.metadata["layers"], file.path, "list of layers", file.error)
@@ -229,9 +225,7 @@ def open_training(path) -> tuple[TensorFile, dict]:
     file = TensorFile(path, "a training checkpoint", AdapterFormatError)
     if file.metadata.get("format") != TRAINING:
         file.fail(f"is no training checkpoint of the format {shown(TRAINING)}")
-    for key in ("settings", "random", "counts"):
-        if key not in file.metadata:
-            file.fail(f'the description of the run lacks "{key}"')
+    require(file, "run", "settings", "random", "counts")
     settings = described(file, "settings")
     if not isinstance(settings, dict):
         file.fail("the settings are not a map")
@@ -248,6 +242,13 @@ def read_counts(file: TensorFile) -> list[int]:
     if not isinstance(counts, list) or len(counts) != 3 or not all(type(n) is int and n >= 0 for n in counts):
         file.fail("the counts are not three integers of at least 0")
     return counts
+
+
+def require(file: TensorFile, what: str, *keys) -> None:
+    """Refuse a file whose description of ``what`` has not all ``keys``."""
+    for key in keys:
+        if key not in file.metadata:
+            file.fail(f'the description of the {what} lacks "{key}"')
 
 
 def described(file: TensorFile, key: str):

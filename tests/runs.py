@@ -1,7 +1,12 @@
 """What a run of ``minilora train`` starts from and leaves, for tests that interrupt one and compare."""
 
+import contextlib
 import json
 import os
+import signal
+import sys
+import time
+import warnings
 
 import numpy as np
 
@@ -41,3 +46,28 @@ def assert_same(one, other):
             assert value.dtype == other[key].dtype and value.tobytes() == other[key].tobytes(), key
         else:
             assert value == other[key], key
+
+
+def run_in_a_child(job, kill_after=None, most=60):
+    """The exit code of a forked process that does ``job``; negative where a signal ended it.
+
+    ``kill_after``: seconds after which it is killed; ``most``: those that it may take.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: OpenBLAS's, and it is ready
+        pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            with open(os.devnull, "w") as nothing:
+                sys.stdout = sys.stderr = nothing
+                signal.alarm(most)  # kills one that hangs
+                job()
+            code = 0
+        finally:
+            os._exit(code)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+from runs import run_in_a_child
 from tqdm import tqdm
 
 from minilora.progress import progress_bar
@@ -36,20 +37,6 @@ def test_a_bar_that_is_not_shown_starts_no_thread(monkeypatch):
     assert threading.active_count() == before
 
 
-def in_a_child(job):
-    """The exit code of a forked process that does ``job``; negative where a signal ended it."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            signal.alarm(5)  # kills, where it waits
-            job()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # OpenBLAS's threads, ready for a fork
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
 def test_a_bar_that_is_not_shown_waits_for_no_process_that_was_killed(monkeypatch):
     lock = multiprocessing.RLock()  # as tqdm's is: forked processes share it
@@ -63,5 +50,5 @@ def test_a_bar_that_is_not_shown_waits_for_no_process_that_was_killed(monkeypatc
         with progress_bar(3, "label", False) as bar:
             bar.update()
 
-    assert in_a_child(killed) == -signal.SIGKILL
-    assert in_a_child(trains) == 0
+    assert run_in_a_child(killed) == -signal.SIGKILL
+    assert run_in_a_child(trains, most=5) == 0

@@ -6,16 +6,14 @@ training process is killed here: 10 by default, 200 in .ci/run.
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-import warnings
 
 import numpy as np
 import pytest
-from runs import assert_same, make_inputs, opens_to_read, state_of
+from runs import assert_same, make_inputs, opens_to_read, run_in_a_child, state_of
 
 from minilora import GPT, files, finetune, methods
 from minilora.checkpoint import load_adapter, load_model, open_training, save_model, steps_taken
@@ -160,28 +158,6 @@ def test_with_other_workers_the_run_says_that_rounding_differs(inputs, undisturb
 
 
 # ------------------------------------------------------------------------------------------------ killed
-
-
-def run_in_a_child(job, kill_after=None):
-    """The exit code of a forked process that does ``job``; negative where a signal ended it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: OpenBLAS's, and it is ready
-        pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            with open(os.devnull, "w") as nothing:
-                sys.stdout = sys.stderr = nothing
-                signal.alarm(60)  # kills one that hangs, and its code then is not 0
-                job()
-            code = 0
-        finally:
-            os._exit(code)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 class KillInASave:
