@@ -32,9 +32,10 @@ import minilora
 from minilora import plots
 from minilora.backend import keep_heap
 from minilora.engine import Tensor
-from minilora.ledger import audit
 from minilora.nn import Module
-from minilora.train import accumulate, training_step
+from minilora.tools.audit import audit
+from minilora.training.gradient import accumulate
+from minilora.training.loop import training_step
 
 TITLES = {"tiny": "The shipped model's shape, batch 8", "M": "Size M, batch 16"}
 STEPS, MIB, CLOSE = 5, 2**20, 1e-4

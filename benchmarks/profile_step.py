@@ -25,7 +25,7 @@ from minilora import elementary, ops, plots
 from minilora.adapter import AdaptedLinear
 from minilora.backend import keep_heap
 from minilora.engine import Operation
-from minilora.train import training_step
+from minilora.training.loop import training_step
 
 PARTS = {  # part: its colour
     "linears: wide products": "#0072B2",

@@ -32,8 +32,8 @@ try:
 
     import minilora
     from minilora.backend import keep_heap
-    from minilora.devices import cpu_name
-    from minilora.train import training_step
+    from minilora.tools.devices import cpu_name
+    from minilora.training.loop import training_step
 except ImportError as error:
     sys.exit(f"{error}; in the root of the repository, run: python3 -m venv .bench && .bench/bin/pip install -e .")
 

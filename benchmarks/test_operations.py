@@ -21,9 +21,10 @@ from shapes import SIZES, R
 import numpy as np
 
 import minilora
-from minilora import ops, thin
+from minilora import ops
 from minilora.backend import keep_heap
 from minilora.engine import Operation, Saved
+from minilora.fast import thin
 from minilora.nn import Parameter
 
 VOCABULARY, T, D, LAYERS, HEADS, BATCH = SIZES["M"]

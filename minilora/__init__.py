@@ -8,17 +8,17 @@ minilora.train(model, optimizer, batches, steps=200)
 
 from . import elementary, methods, ops  # elementary gives Tensor its operators
 from .adapter import Adapter
-from .adapters import Adapters
-from .checkpoint import pretrained
+from .bank import Adapters
 from .engine import Tensor, backward, no_grad
 from .errors import InputError, TrainingStopped
+from .files.base import pretrained
+from .files.gpt2 import load_gpt2, save_gpt2
+from .files.peft import load_peft, save_peft
 from .gpt import GPT, GPTConfig
-from .gpt2 import load_gpt2, save_gpt2
-from .ledger import kept_bytes, ledger
-from .optim import SGD, AdamW
-from .peft import load_peft, save_peft
+from .memory import kept_bytes, ledger
 from .surgery import adapt, count_parameters, merge, merge_and_unload, unload, unmerge
-from .train import evaluate, train
+from .training.loop import evaluate, train
+from .training.optim import SGD, AdamW
 
 __version__ = "0.1.0"
 

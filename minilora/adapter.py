@@ -12,9 +12,9 @@ import numpy as np
 from .backend import array_module, to_device, to_host
 from .engine import Saved, Tensor, is_recording, record
 from .errors import InputError
+from .fast.shortcut import shortcut
+from .fast.thin import plain, rows
 from .nn import Linear, Module, Parameter
-from .shortcut import shortcut
-from .thin import plain, rows
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,9 @@ def build_parser(argv) -> argparse.ArgumentParser:
         for action in p._actions:
             action.default = argparse.SUPPRESS
 
-    from . import peft, sweep
-    from .compare import PROMPT
+    from .files import peft
+    from .lab import sweep
+    from .lab.task import PROMPT
 
     p = command(
         "sweep", sweep.run_sweep, "Method × rank × alpha × learning rate × seed, on processes or a Dask cluster."
@@ -186,7 +187,7 @@ def recompute_flag(p):
 
 
 def workers(args):
-    from .parallel import usual_workers
+    from .training.workers import usual_workers
 
     return args.workers if "workers" in args else usual_workers(args.device)
 
@@ -200,7 +201,7 @@ def method_flags(p, argv):
 
 
 def run_compare(args):
-    from .compare import compare
+    from .lab.compare import compare
 
     names = args.methods and [name for word in args.methods for name in word.split(",") if name]
     compare(names, args.steps, args.seed, args.device, args.r, args.alpha, args.out, args.lr, args.batch, args.base,
@@ -208,7 +209,7 @@ def run_compare(args):
 
 
 def run_train(args):
-    from .finetune import finetune, resume
+    from .lab.finetune import finetune, resume
 
     if "resume" in args and args.resume is not None:
         given = sorted(set(vars(args)) - {"run", "resume", "workers", "device"})
@@ -236,9 +237,9 @@ def run_pretrain(args):
     from dataclasses import replace
     from pathlib import Path
 
-    from .checkpoint import save_model
-    from .files import writable_folder
-    from .pretrain import Recipe, pretrain
+    from .files.base import save_model
+    from .files.saving import writable_folder
+    from .lab.pretrain import Recipe, pretrain
 
     recipe = Recipe() if args.steps is None else replace(Recipe(), steps=args.steps)
     writable_folder(Path(args.out).parent)
@@ -250,8 +251,8 @@ def run_pretrain(args):
 def run_generate(args):
     import numpy as np
 
-    from .checkpoint import load_base
     from .data import CharTokenizer
+    from .files.base import load_base
 
     tokenizer = CharTokenizer()
     ids = tokenizer.encode(args.prompt)[None]
@@ -267,9 +268,9 @@ def load_folder(folder, model):
     """The adapter of a train run's folder, or of PEFT's."""
     from pathlib import Path
 
-    from .checkpoint import load_adapter
-    from .finetune import ADAPTER
-    from .peft import CONFIG, load_peft
+    from .files.checkpoint import load_adapter
+    from .files.peft import CONFIG, load_peft
+    from .lab.finetune import ADAPTER
 
     own, theirs = Path(folder) / ADAPTER, Path(folder) / CONFIG
     if theirs.exists() and not own.exists():
@@ -279,9 +280,9 @@ def load_folder(folder, model):
 
 
 def run_export(args):
-    from .checkpoint import load_base
-    from .gpt2 import save_gpt2
-    from .peft import save_peft
+    from .files.base import load_base
+    from .files.gpt2 import save_gpt2
+    from .files.peft import save_peft
     from .surgery import unload
 
     model, base = load_base(args.base), f"{args.folder}/base" if args.with_base else None
@@ -306,10 +307,11 @@ def run_export(args):
 
 
 def run_import(args):
-    from .checkpoint import fingerprint, load_base, save_adapter
-    from .files import writable_folder
-    from .finetune import ADAPTER
-    from .peft import load_peft
+    from .files.base import fingerprint, load_base
+    from .files.checkpoint import save_adapter
+    from .files.peft import load_peft
+    from .files.saving import writable_folder
+    from .lab.finetune import ADAPTER
     from .surgery import adapted_layers
 
     model = load_base(args.base)
@@ -321,7 +323,7 @@ def run_import(args):
 
 
 def run_methods(args):
-    from .catalogue import catalogue, show
+    from .tools.catalogue import catalogue, show
 
     entries = catalogue()
     print(json.dumps(entries, indent=1) if args.json else show(entries))
@@ -329,8 +331,8 @@ def run_methods(args):
 
 def adapted_step(method, batch, recompute=()):
     """The shipped model with ``method``, and a batch (ids, targets) of the Folio."""
-    from .checkpoint import pretrained
     from .data import CharTokenizer, fixed_batches, load_corpus
+    from .files.base import pretrained
     from .surgery import adapt
 
     adapter = methods.create(method)
@@ -342,7 +344,7 @@ def adapted_step(method, batch, recompute=()):
 def run_ledger(args):
     from dataclasses import asdict
 
-    from .ledger import audit, show
+    from .tools.audit import audit, show
 
     audits = {name: audit(*adapted_step(name, args.batch, args.recompute)) for name in args.methods}
     if args.json:
@@ -353,26 +355,26 @@ def run_ledger(args):
 
 
 def run_trace(args):
-    from .trace import show, trace
+    from .tools.trace import show, trace
 
     print(show(trace(*adapted_step(args.method, args.batch))))
 
 
 def run_diff(args):
-    from .difference import difference
+    from .tools.diff import difference
 
     print(difference(args.first, args.second))
 
 
 def run_devices(args):
-    from .devices import devices, show
+    from .tools.devices import devices, show
 
     found = devices()
     print(json.dumps(found, indent=1) if args.json else show(found))
 
 
 def run_check(args):
-    from .gradcheck import check_methods, check_operations
+    from .tools.gradcheck import check_methods, check_operations
 
     if args.file is not None:
         return run_grade(args)
@@ -389,7 +391,7 @@ def run_check(args):
 
 
 def run_grade(args):
-    from .exercises import grade
+    from .tools.exercises import grade
 
     if args.methods:
         raise InputError("check: name methods, or one file with --file")
@@ -399,7 +401,7 @@ def run_grade(args):
 
 
 def run_exercise(args):
-    from .exercises import write_exercise
+    from .tools.exercises import write_exercise
 
     path = write_exercise(args.method, args.out)
     print(f"Written: {path}. Write its backward, after the equations in its first lines, and see how far you are:")

@@ -120,7 +120,7 @@ class Operation:
     def parts(self, xp, dtype):
         """(forward, backward, again): on a GPU, where there are any, those that take few launches and mean the same."""
         if xp is not np and dtype.kind != "c":
-            from .kernels import AGAIN, FUSED
+            from .fast.fused import AGAIN, FUSED
 
             if self.name in FUSED:
                 return *FUSED[self.name], AGAIN.get(self.name)

@@ -8,7 +8,9 @@ Rows are tokens: N = batch · time. In each pair, y is the result and dy = dL/dy
 import math
 
 from .backend import array_module, empty, to_device
-from .blocks import (
+from .engine import Operation
+from .errors import InputError
+from .fast.blocked import (
     add_product,
     block_of,
     causal_blocks,
@@ -22,8 +24,6 @@ from .blocks import (
     scores,
     split_heads,
 )
-from .engine import Operation
-from .errors import InputError
 
 IGNORE_INDEX = -100  # a target that does not count, as in PyTorch
 

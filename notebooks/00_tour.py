@@ -38,11 +38,12 @@ import math
 import numpy as np
 
 import minilora
-from minilora import gradcheck, methods, plots
-from minilora.compare import learning_rate, write_sample
+from minilora import methods, plots
 from minilora.data import CharTokenizer, fixed_batches, load_corpus, random_batches
-from minilora.exercises import assess
+from minilora.lab.task import learning_rate, write_sample
 from minilora.surgery import adapted_layers
+from minilora.tools import gradcheck
+from minilora.tools.exercises import assess
 
 tokenizer, folio = CharTokenizer(), load_corpus("folio")
 train_ids = tokenizer.encode(folio.train)

@@ -41,9 +41,9 @@ import numpy as np
 import minilora
 from minilora import plots
 from minilora.engine import nodes_of
-from minilora.exercises import assess
-from minilora.gradcheck import gradcheck
-from minilora.ledger import kept_bytes
+from minilora.memory import kept_bytes
+from minilora.tools.exercises import assess
+from minilora.tools.gradcheck import gradcheck
 
 rng = np.random.default_rng(0)
 

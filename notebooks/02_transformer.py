@@ -41,9 +41,9 @@ import minilora
 from minilora import plots
 from minilora.data import CharTokenizer
 from minilora.engine import Saved
-from minilora.exercises import assess
 from minilora.gpt import GPT, Block, GPTConfig
-from minilora.gradcheck import gradcheck
+from minilora.tools.exercises import assess
+from minilora.tools.gradcheck import gradcheck
 
 batch, T, d, heads = 2, 5, 8, 2
 N, e = batch * T, d // heads  # rows are tokens; each head is e wide

@@ -41,12 +41,12 @@ from tqdm import tqdm
 
 import minilora
 from minilora import methods, plots
-from minilora.claims import Trial
 from minilora.data import CharTokenizer, fixed_batches, load_corpus, random_batches
 from minilora.engine import Saved
-from minilora.exercises import assess
-from minilora.gradcheck import gradcheck
 from minilora.surgery import adapted_layers
+from minilora.tools.exercises import assess
+from minilora.tools.gradcheck import gradcheck
+from minilora.tools.trial import Trial
 
 # %% [markdown]
 # ## What does full fine-tuning learn?
@@ -189,7 +189,7 @@ def forward(x, W, A, B, s):
 # That is $N r (d_\text{in} + d_\text{out})$ multiplications beside the $N d_\text{in} d_\text{out}$ of the frozen weight.
 # Forming $BA$ takes $r\, d_\text{in} d_\text{out}$, however many tokens there are: less, once $N$ is larger than
 # $d_\text{in} d_\text{out} / (d_\text{in} + d_\text{out})$. So minilora's layer computes $y$ with the merged weight when
-# $N$ is at least $d_\text{in}$ and $d_\text{out}$ (`minilora/shortcut.py`); it is the same $y$ but for rounding.
+# $N$ is at least $d_\text{in}$ and $d_\text{out}$ (`minilora/fast/shortcut.py`); it is the same $y$ but for rounding.
 #
 # How many numbers are trained? $r\,(d_\text{in} + d_\text{out})$ instead of $d_\text{in} d_\text{out}$. GPT-2 medium has
 # 24 blocks of width 1024; with $r = 4$ on q and v that makes:

@@ -41,10 +41,11 @@ import minilora
 from minilora import adapter, engine, ops, plots
 from minilora.data import CharTokenizer, load_corpus, random_batches
 from minilora.engine import Tensor
-from minilora.exercises import assess
-from minilora.ledger import audit, kept_bytes, ledger
+from minilora.memory import kept_bytes, ledger
 from minilora.nn import Linear
-from minilora.trace import trace
+from minilora.tools.audit import audit
+from minilora.tools.exercises import assess
+from minilora.tools.trace import trace
 
 ids = CharTokenizer().encode(load_corpus("folio").train)
 inputs, targets = next(

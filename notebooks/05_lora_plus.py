@@ -38,10 +38,10 @@ from tqdm import tqdm
 
 import minilora
 from minilora import methods, plots
-from minilora.claims import Trial
 from minilora.data import CharTokenizer, fixed_batches, load_corpus, random_batches
-from minilora.difference import difference
-from minilora.exercises import assess
+from minilora.tools.diff import difference
+from minilora.tools.exercises import assess
+from minilora.tools.trial import Trial
 
 # %% [markdown]
 # ## The whole method

@@ -39,12 +39,12 @@ from tqdm import tqdm
 
 import minilora
 from minilora import methods, plots
-from minilora.claims import Trial
 from minilora.data import CharTokenizer, fixed_batches, load_corpus, random_batches
 from minilora.engine import Saved
-from minilora.exercises import assess
-from minilora.gradcheck import check_method, gradcheck
-from minilora.ledger import ledger
+from minilora.memory import ledger
+from minilora.tools.exercises import assess
+from minilora.tools.gradcheck import check_method, gradcheck
+from minilora.tools.trial import Trial
 
 # %% [markdown]
 # ## The idea

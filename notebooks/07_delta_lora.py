@@ -41,14 +41,14 @@ from threadpoolctl import threadpool_limits
 
 import minilora
 from minilora import methods, plots
-from minilora.claims import Trial
 from minilora.data import CharTokenizer, fixed_batches, load_corpus, random_batches
-from minilora.difference import difference
-from minilora.exercises import assess
-from minilora.gradcheck import check_method
+from minilora.files.peft import load_peft, save_peft
 from minilora.methods.delta_lora import DeltaLoRA
-from minilora.peft import load_peft, save_peft
 from minilora.surgery import adapted_layers
+from minilora.tools.diff import difference
+from minilora.tools.exercises import assess
+from minilora.tools.gradcheck import check_method
+from minilora.tools.trial import Trial
 
 # %% [markdown]
 # ## The rule

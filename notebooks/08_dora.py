@@ -44,18 +44,18 @@ from threadpoolctl import threadpool_limits
 import minilora
 from minilora import methods, plots
 from minilora.adapter import Adapter
-from minilora.claims import Trial
-from minilora.compare import learning_rate
 from minilora.data import CharTokenizer, load_corpus, random_batches
 from minilora.engine import Saved, Tensor
-from minilora.exercises import assess
-from minilora.gradcheck import check_method, gradcheck
-from minilora.ledger import kept_bytes
+from minilora.lab.task import learning_rate
+from minilora.memory import kept_bytes
 from minilora.methods.dora import DoRA
 from minilora.methods.dora_detached import DoRADetached
 from minilora.nn import Module, Parameter
 from minilora.surgery import adapted_layers
-from minilora.trace import trace
+from minilora.tools.exercises import assess
+from minilora.tools.gradcheck import check_method, gradcheck
+from minilora.tools.trace import trace
+from minilora.tools.trial import Trial
 
 # %% [markdown]
 # ## A row is a length and a direction

@@ -35,9 +35,9 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from minilora import methods, plots
-from minilora.compare import Task, learning_rate, tune
 from minilora.data import load_corpus
-from minilora.exercises import assess
+from minilora.lab.task import Task, learning_rate, tune
+from minilora.tools.exercises import assess
 
 # %% [markdown]
 # ## The task

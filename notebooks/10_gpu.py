@@ -41,14 +41,15 @@ import textwrap
 import numpy as np
 
 import minilora
-from minilora import kernels, plots
+from minilora import plots
 from minilora.backend import array_module, fetch
 from minilora.data import CharTokenizer, load_corpus, random_batches
-from minilora.devices import devices
 from minilora.engine import nodes_of
 from minilora.errors import InputError
-from minilora.exercises import assess
+from minilora.fast import fused as kernels
 from minilora.surgery import linear_layers
+from minilora.tools.devices import devices
+from minilora.tools.exercises import assess
 
 reason = devices()["cuda"]["reason"]
 device = "cpu" if reason else "cuda"

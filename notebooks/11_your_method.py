@@ -40,14 +40,14 @@ from threadpoolctl import threadpool_limits
 
 import minilora
 from minilora import methods, plots
-from minilora.catalogue import trained_shapes
-from minilora.claims import Trial, verdicts
-from minilora.compare import Task, tune
-from minilora.difference import difference
 from minilora.engine import Saved
-from minilora.exercises import assess, grade
-from minilora.gradcheck import check_method, gradcheck
+from minilora.lab.task import Task, tune
 from minilora.surgery import adapted_layers
+from minilora.tools.catalogue import trained_shapes
+from minilora.tools.diff import difference
+from minilora.tools.exercises import assess, grade
+from minilora.tools.gradcheck import check_method, gradcheck
+from minilora.tools.trial import Trial, verdicts
 
 # %% [markdown]
 # ## The idea

@@ -16,7 +16,7 @@ for library in ("OPENBLAS", "OMP", "MKL"):  # read when NumPy is first imported,
 def pytest_addoption(parser):
     help = "cpu: NumPy. standin: a stand-in for CuPy, as strict as CuPy, on a machine without a GPU"
     parser.addoption("--device", choices=["cpu", "standin"], default="cpu", help=help)
-    help = "how often tests/test_resume.py kills a training process"
+    help = "how often tests/lab/test_resume.py kills a training process"
     parser.addoption("--kills", type=int, default=10, metavar="N", help=help)
 
 

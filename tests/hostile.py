@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from minilora.files import DIGEST, digest, tensor_bytes
+from minilora.files.tensorfile import DIGEST, digest, tensor_bytes
 
 FIRST, SOME = "the first tensor, whatever its name", "some tensor"
 GONE = object()

@@ -18,9 +18,9 @@ from hostile import FIRST, SOME, Seed
 from minilora import methods
 from minilora.errors import AdapterFormatError
 from minilora.gpt import GPT, GPTConfig
-from minilora.optim import AdamW
 from minilora.surgery import adapt
-from minilora.train import History, train
+from minilora.training.loop import History, train
+from minilora.training.optim import AdamW
 
 for name in methods.names():  # imported before any test, which sees what a file makes imported
     methods.get(name)

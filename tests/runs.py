@@ -10,9 +10,11 @@ import warnings
 
 import numpy as np
 
-from minilora import GPT, GPTConfig, files, finetune
-from minilora.checkpoint import save_model
-from minilora.files import TensorFile
+from minilora import GPT, GPTConfig
+from minilora.files import tensorfile as files
+from minilora.files.base import save_model
+from minilora.files.tensorfile import TensorFile
+from minilora.lab import finetune
 
 
 def make_inputs(folder, width):

@@ -4,9 +4,10 @@ import re
 import sys
 from pathlib import Path
 
-from minilora import methodfile, methods
+from minilora import methods
 from minilora.adapter import Adapter
-from minilora.methodfile import TAG, docstring_and_code, kept, tags  # noqa: F401, for the tests
+from minilora.tools import methodfile
+from minilora.tools.methodfile import TAG, docstring_and_code, kept, tags  # noqa: F401, for the tests
 
 TARGET = re.compile(r"^\s+(\w+) [-+*/]?= ")
 ASSIGNMENT = re.compile(r"^(\s+)(\w+) = (.+?)  # (.*)$")

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from minilora import GPT, AdamW, GPTConfig, Tensor, adapt, backward, merge, merge_and_unload, methods, no_grad, unmerge
 from minilora.adapter import AdaptedLinear
 from minilora.engine import Saved
-from minilora.gradcheck import check_method, method_point
 from minilora.nn import Linear
 from minilora.surgery import adapted_layers
-from minilora.train import train
+from minilora.tools.gradcheck import check_method, method_point
+from minilora.training.loop import train
 
 METHODS = methods.names()
 SIZES = {"N": 5, "d_in": 7, "d_out": 6, "r": 3}  # all different, so that no axis can stand in for another
@@ -508,8 +508,8 @@ def with_new_method(tmp_path, monkeypatch):
 
 
 def test_a_file_in_the_folder_is_a_method_everywhere(with_new_method, tmp_path, capsys):
-    from minilora.checkpoint import save_model
     from minilora.cli import main
+    from minilora.files.base import save_model
 
     assert "scale" in methods.names()
     for check in (

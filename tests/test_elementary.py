@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import mutually_broadcastable_shapes
 from minilora import elementary
 from minilora.engine import Saved, Tensor, backward
 from minilora.errors import InputError
-from minilora.gradcheck import check_operation, gradcheck
+from minilora.tools.gradcheck import check_operation, gradcheck
 
 pytestmark = pytest.mark.quick
 

@@ -10,7 +10,7 @@ import pytest
 
 from minilora.engine import Operation, Tensor, backward, gradients, is_recording, no_grad, nodes_of, record
 from minilora.errors import InputError
-from minilora.gradcheck import check_operation
+from minilora.tools.gradcheck import check_operation
 
 pytestmark = pytest.mark.quick
 

@@ -12,12 +12,13 @@ from minilora import methods, ops
 from minilora.engine import Tensor, backward, no_grad
 from minilora.errors import InputError
 from minilora.gpt import GPT, RECOMPUTED, GPTConfig, sample
-from minilora.gradcheck import check_model
-from minilora.ledger import audit, kept_bytes
+from minilora.memory import kept_bytes
 from minilora.nn import Linear, Module, Parameter
-from minilora.optim import AdamW
 from minilora.surgery import adapt, adapted_layers
-from minilora.train import accumulate
+from minilora.tools.audit import audit
+from minilora.tools.gradcheck import check_model
+from minilora.training.gradient import accumulate
+from minilora.training.optim import AdamW
 
 TINY = GPTConfig(vocab_size=7, n_positions=6, n_embd=8, n_layer=2, n_head=2)
 

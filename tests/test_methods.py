@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from minilora import AdamW, adapt, methods
-from minilora.claims import Trial, verdicts
 from minilora.engine import Saved
-from minilora.gradcheck import check_method, method_point
 from minilora.nn import Linear, Module
+from minilora.tools.gradcheck import check_method, method_point
+from minilora.tools.trial import Trial, verdicts
 
 pytestmark = pytest.mark.quick
 every_method = pytest.mark.parametrize("name", methods.names())

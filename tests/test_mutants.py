@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import minilora.ops
-from minilora.gradcheck import check_operations
+from minilora.tools.gradcheck import check_operations
 
 SOURCE = Path(minilora.ops.__file__).read_text().split("\n")
 TAGGED = re.compile(r"  # .*\b(B\d+)\b")

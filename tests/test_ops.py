@@ -10,10 +10,12 @@ import re
 import numpy as np
 import pytest
 
-from minilora import blocks, gradcheck, ops
+from minilora import ops
 from minilora.backend import empty
 from minilora.engine import Operation, Saved, Tensor, backward
 from minilora.errors import InputError
+from minilora.fast import blocked as blocks
+from minilora.tools import gradcheck
 
 pytestmark = pytest.mark.quick
 

@@ -8,7 +8,7 @@ from minilora.backend import to_host
 from minilora.nn import Linear, Module
 from minilora.surgery import adapted_layers, host
 from minilora.targets import match_targets
-from minilora.train import training_step
+from minilora.training.loop import training_step
 
 pytestmark = pytest.mark.quick
 

@@ -9,8 +9,8 @@ from shapes import ALPHA, SIZES, TARGETS, R
 
 import minilora
 from minilora.backend import keep_heap
-from minilora.devices import cpu_name
-from minilora.train import training_step
+from minilora.tools.devices import cpu_name
+from minilora.training.loop import training_step
 
 from .settings import IDLE_RATE, METHODS
 from .side import Timed
@@ -60,7 +60,7 @@ class Model(Timed):
         keep_heap()  # as train() does
         self.options = {} if micro_batches is None else {"micro_batches": micro_batches}
         if workers is not None:
-            from minilora.parallel import Workers
+            from minilora.training.workers import Workers
 
             self.options["team"] = self.stack.enter_context(Workers(self.gpt, self.optimizer, workers))
         if device == "cuda":
@@ -114,6 +114,6 @@ class Model(Timed):
 
     def gpu(self):
         """What ``minilora devices`` says of the GPU; ``reason`` where there is none."""
-        from minilora.devices import cuda
+        from minilora.tools.devices import cuda
 
         return cuda()

@@ -2,9 +2,9 @@
 The folder exists so that a lesson can start offline, from data whose origin and every byte are accounted for.
 """
 
-from minilora.data.batches import fixed_batches, random_batches
-from minilora.data.corpora import CORPORA, Corpus, load_corpus, load_text, read_text_file, split_text
-from minilora.data.tokenizer import ALPHABET, CharTokenizer
+from .batches import fixed_batches, random_batches
+from .corpora import CORPORA, Corpus, load_corpus, load_text, read_text_file, split_text
+from .tokenizer import ALPHABET, CharTokenizer
 
 __all__ = [
     "ALPHABET",

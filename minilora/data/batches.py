@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from minilora.errors import InputError
+from ..errors import InputError
 
 Batch = tuple[np.ndarray, np.ndarray]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from minilora.data.tokenizer import ALPHABET
-from minilora.errors import InputError, nearest
+from ..errors import InputError, nearest
+from .tokenizer import ALPHABET
 
 # SHA-256 of each text as its ASCII bytes, uncompressed: gzip's own bytes may change with the zlib that wrote them.
 CHECKSUMS = {

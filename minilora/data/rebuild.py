@@ -19,9 +19,9 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from minilora.data.corpora import CHECKSUMS, sha256, unpack
-from minilora.data.tokenizer import ALPHABET
-from minilora.errors import InputError
+from ..errors import InputError
+from .corpora import CHECKSUMS, sha256, unpack
+from .tokenizer import ALPHABET
 
 FOLDER = Path(__file__).parent
 # "_gut" is the modern-spelling edition, "_gut_f" the First Folio of 1623; Macbeth is held out in both.

@@ -4,7 +4,7 @@ It exists because a character alphabet needs no training, no files and no surpri
 
 import numpy as np
 
-from minilora.errors import InputError
+from ..errors import InputError
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))  # newline, then printable ASCII: 96 tokens
 

@@ -15,7 +15,6 @@ from .lessons import (
     singular_values,
     stacked_bars,
 )
-from .runs import comparison, sweep
 from .style import COLOURS, DASHES, MARKERS, STYLE, Shown, look, new_figure, png, show
 
 __all__ = [
@@ -26,7 +25,6 @@ __all__ = [
     "Shown",
     "attention",
     "bars",
-    "comparison",
     "gradient_report",
     "graph",
     "heat_map",
@@ -39,5 +37,4 @@ __all__ = [
     "show",
     "singular_values",
     "stacked_bars",
-    "sweep",
 ]

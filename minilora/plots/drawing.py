@@ -2,7 +2,7 @@
 
 from ..engine import nodes_of
 from ..errors import InputError
-from ..ledger import arrays_of
+from ..memory import arrays_of
 from .style import COLOURS, GREY, new_page, styled
 
 MOST = 40  # nodes that can still be read

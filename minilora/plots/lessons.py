@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from ..gradcheck import CENTRAL_TOLERANCE, COMPLEX_TOLERANCE
+from ..tools.gradcheck import CENTRAL_TOLERANCE, COMPLEX_TOLERANCE
 from .style import GREY, look, marker, new_page, on_host, styled
 
 RIGHT, WRONG = "#009E73", "#D55E00"

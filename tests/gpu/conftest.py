@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from minilora import devices
 from minilora.backend import device_module
 from minilora.errors import InputError
+from minilora.tools import devices
 
 STANDIN = os.environ.get("MINILORA_GPU") == "standin"
 

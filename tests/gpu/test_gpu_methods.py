@@ -6,7 +6,7 @@ from twice import DTYPES, TOLERANCE, arrays_of, assert_all_close, assert_close, 
 
 from minilora import methods
 from minilora.engine import Saved
-from minilora.gradcheck import method_point
+from minilora.tools.gradcheck import method_point
 
 pytestmark = [pytest.mark.gpu, pytest.mark.host("both devices in one test")]
 

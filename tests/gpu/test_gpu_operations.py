@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from twice import DTYPES, TOLERANCE, arrays_of, assert_all_close, assert_close, draw, kept, move
 
-from minilora import elementary, kernels, ops
+from minilora import elementary, ops
 from minilora.backend import to_host
 from minilora.engine import Tensor, backward
+from minilora.fast import fused as kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.host("both devices in one test")]
 

@@ -8,8 +8,9 @@ from twice import METHODS, assert_all_close, assert_close, batches, model, train
 
 import minilora
 from minilora.backend import to_host
-from minilora.checkpoint import fingerprint, load_adapter, load_model, save_adapter, save_model
 from minilora.data import CharTokenizer, fixed_batches, load_corpus
+from minilora.files.base import fingerprint, load_model, save_model
+from minilora.files.checkpoint import load_adapter, save_adapter
 from minilora.gpt import RECOMPUTED
 
 pytestmark = [pytest.mark.gpu, pytest.mark.host("both devices in one test")]

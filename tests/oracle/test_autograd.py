@@ -21,8 +21,8 @@ from conftest import (
 
 from minilora import SGD, AdamW, backward, methods
 from minilora.engine import Saved
-from minilora.gradcheck import method_point
 from minilora.nn import Parameter
+from minilora.tools.gradcheck import method_point
 
 torch = pytest.importorskip("torch", reason="needs torch and PEFT: pip install 'minilora[oracle]'")
 pytestmark = pytest.mark.oracle

@@ -15,11 +15,12 @@ from safetensors.numpy import load_file
 
 import minilora
 from minilora import methods
-from minilora.checkpoint import fingerprint, load_adapter, load_base, save_adapter
 from minilora.cli import main
 from minilora.engine import no_grad
-from minilora.gpt2 import load_gpt2, save_gpt2
-from minilora.peft import base_weights, layouts, load_peft, save_peft
+from minilora.files.base import fingerprint, load_base
+from minilora.files.checkpoint import load_adapter, save_adapter
+from minilora.files.gpt2 import load_gpt2, save_gpt2
+from minilora.files.peft import base_weights, layouts, load_peft, save_peft
 from minilora.surgery import adapted_layers, merge_and_unload
 
 REASON = "needs torch, PEFT and transformers: pip install 'minilora[oracle]'"

@@ -1,7 +1,7 @@
 """A stand-in for CuPy without a GPU: the functions that minilora uses, with CuPy's behaviour, on NumPy arrays inside.
 
 It refuses to the library what CuPy refuses, counts how often the library waits for the device, and a gate in
-tests/test_standin.py holds its names and keywords against the real CuPy's. In three places it is stricter than CuPy,
+tests/gpu/test_standin.py holds its names and keywords against the real CuPy's. In three places it is stricter than CuPy,
 where that would work but slowly or by a detour: a NumPy function on a device array, an index that lies on the host,
 and iterating over an array, which counts as waiting.
 """

@@ -10,12 +10,12 @@ HOST = {
     "test_data.py": "texts and tokens, before there is an array of numbers",
     "test_devices.py": "plays drivers and CuPy itself, to see which sentence is said",
     "test_exercises.py": "grades a file's lines on host arrays, whose values it watches",
-    "test_files.py": "bytes on a disk, before an array of them is on a device",
+    "test_tensorfile.py": "bytes on a disk, before an array of them is on a device",
     "test_hostile.py": "files that are refused before an array of them is on a device",
     "test_hostile_folders.py": "files that are refused before an array of them is on a device",
-    "test_kernels.py": "has the stand-in, and NumPy beside it, by itself",
+    "test_fused.py": "has the stand-in, and NumPy beside it, by itself",
     "test_notebooks.py": "reads files, and runs what the notebooks say on the host",
-    "test_parallel.py": "worker processes share a host's memory, and a GPU refuses them",
+    "test_workers.py": "worker processes share a host's memory, and a GPU refuses them",
     "test_progress.py": "a bar is text: there is no array in it",
     "test_recorded.py": "reads recorded files",
     "test_reliability_page.py": "reads files: commands and the names of tests",
@@ -37,14 +37,14 @@ HOST = {
     "test_gpt.py::test_recomputing_saves_what_arithmetic_says": "bytes of the plain attention, half a GPU's",
     "test_gpt.py::test_the_allocator_says_so_too": "NumPy's allocator",
     "test_gpt.py::test_what_is_recomputed_is_recomputed_once_for_all_who_ask": "counts calls of the plain forms",
-    "test_ledger.py::test_dropout_is_counted_too": "NumPy's allocator",
-    "test_ledger.py::test_the_total_is_what_the_allocator_says": "NumPy's allocator",
-    "test_ledger.py::test_without_a_graph_nothing_is_kept": "NumPy's allocator",
+    "test_memory.py::test_dropout_is_counted_too": "NumPy's allocator",
+    "test_memory.py::test_the_total_is_what_the_allocator_says": "NumPy's allocator",
+    "test_memory.py::test_without_a_graph_nothing_is_kept": "NumPy's allocator",
     "test_memory_page.py::test_the_arithmetic_gives_the_bytes_of_a_small_model": (
         "bytes of the plain attention, half a GPU's"
     ),
     "test_tools.py::test_the_ledger_s_total_is_what_the_allocator_says": "NumPy's allocator",
-    "test_train.py::test_a_loss_that_is_not_finite_in_a_later_part_moves_nothing": (
+    "test_loop.py::test_a_loss_that_is_not_finite_in_a_later_part_moves_nothing": (
         "a GPU's loss is looked at once, at the end of the step: test_standin.py"
     ),
 }

@@ -98,20 +98,12 @@ def install():
     """Put the stand-in in CuPy's place and let the library take a test's host arrays."""
     sys.modules["cupy"] = module()
     import minilora
-    from minilora import (
-        adapter,
-        backend,
-        blocks,
-        claims,
-        elementary,
-        engine,
-        gradcheck,
-        methods,
-        nn,
-        ops,
-        parallel,
-        shortcut,
-    )
+    from minilora import adapter, backend, elementary, engine, methods, nn, ops
+    from minilora.fast import blocked as blocks
+    from minilora.fast import shortcut
+    from minilora.tools import gradcheck
+    from minilora.tools import trial as claims
+    from minilora.training import workers as parallel
 
     build, slot = engine.Tensor.__init__, engine.Tensor.data
 

@@ -1,0 +1,1 @@
+"""Bytes on a disk: saves that are all or nothing, and readers that believe nothing unchecked."""

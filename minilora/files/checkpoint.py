@@ -1,0 +1,234 @@
+"""Models, adapters and half-done training in files: safetensors with a description of their own, never pickle.
+
+Every save is all or nothing, and every file is checked whole before a model changes; both are files.py's work.
+"""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+
+from .. import methods
+from ..backend import array_module, to_device, to_host
+from ..engine import Saved
+from ..errors import AdapterFormatError, FormatError, InputError, nearest, shown
+from ..gpt import GPT
+from ..surgery import adapted_layers, check_plan, host, linear_layers, shared_shapes
+from .base import FORMAT, TRAINING, fingerprint, host_arrays
+from .tensorfile import DIGEST, TensorFile, described, parse_json, read_arrays, require, write_tensors
+
+SERIES = ("loss", "lr", "grad_norm", "seconds")  # the lists of train.History
+
+
+def adapter_arrays(model: GPT) -> dict:
+    """The Parameters that make the adapter, by path: all that is not the base's, and W where the method moves it."""
+    layers = adapted_layers(model)
+    base = {f"{path}.base.{name}" for path in layers for name in ("W", "b")}
+    moved = {f"{path}.base.W" for path, layer in layers.items() if layer.method.updates_base}
+    inside = (*(f"{path}." for path in layers), "shared.")
+    return {n: p for n, p in model.named_parameters() if n.startswith(inside) and n not in base - moved}
+
+
+def adapter_metadata(model: GPT, base_fingerprint: str) -> dict:
+    """What an adapter file says beside its arrays: which method, with which options, in which layer of which base."""
+    layers = adapted_layers(model)
+    if not layers:
+        raise InputError("save_adapter: this model has no adapter; call adapt() first")
+    describe = lambda layer: {
+        "options": asdict(layer.method),
+        **({"part": {k: [rows.start, rows.stop] for k, rows in layer.part.items()}} if layer.part else {}),
+    }
+    return {
+        "format": FORMAT,
+        "method": next(iter(layers.values())).method.name,
+        "layers": json.dumps({path: describe(layer) for path, layer in layers.items()}),
+        "base": base_fingerprint,
+    }
+
+
+def save_adapter(path, model: GPT, base_fingerprint: str) -> None:
+    """Save what adapt() added and training changed, with the method, its options and layers, as safetensors.
+
+    Raises InputError for a model that is not adapted, and where the disk does not take it.
+    """
+    write_tensors(path, host_arrays(adapter_arrays(model)), adapter_metadata(model, base_fingerprint))
+
+
+def load_adapter(path, model: GPT) -> GPT:
+    """Put the adapter of a save_adapter() file into ``model``, the base model that it was trained on.
+
+    Raises AdapterFormatError, with the model as it was, for a missing or foreign file, another base model, or arrays
+    that do not fit.
+    """
+    file = TensorFile(path, "an adapter file", AdapterFormatError)
+    chosen, parts = read_description(file, FORMAT, model)
+    put_adapter(model, chosen, parts, read_arrays(file, model, adapter_shapes(model, chosen, parts)))
+    return model
+
+
+def read_description(file: TensorFile, form: str, model: GPT):
+    """(method by layer, parts by layer) from the metadata of an adapter or checkpoint; the base model is compared."""
+    if file.metadata.get("format") != form:
+        found = file.metadata.get("format", "none")
+        file.fail(f"is a safetensors file of the format {shown(found)}; expected {shown(form)}")
+    require(file, "adapter", "base", "method", "layers", DIGEST)
+    if file.metadata["base"] != fingerprint(model):
+        file.fail("was trained on another base model; load that one first (--base on the command line)")
+    layers = parse_json(file.metadata["layers"], file.path, "list of layers", file.error)
+    if not isinstance(layers, dict) or not layers:
+        file.fail("the list of layers is not a map with at least one layer")
+    chosen, parts, linears = {}, {}, linear_layers(model)
+    for path, entry in layers.items():
+        if path not in linears:
+            file.fail(f"there is no linear layer {shown(path)} in this model{nearest(path, linears)}")
+        if not isinstance(entry, dict) or not set(entry) <= {"options", "part"}:
+            file.fail(f"the entry of the layer {shown(path)} has other keys than options and part")
+        chosen[path] = read_method(file, path, entry.get("options"))
+        if "part" in entry:
+            parts[path] = read_part(file, path, entry["part"], chosen[path], linears[path].W.shape[0])
+    try:
+        check_plan(model, chosen)
+    except InputError as error:
+        file.fail(str(error))
+    return chosen, parts
+
+
+def read_method(file: TensorFile, path, options):
+    """The method of one layer: its name and options are looked up, nothing in them is run."""
+    if not isinstance(options, dict):
+        file.fail(f"the options of the layer {shown(path)} are not a map")
+    try:
+        kinds = {name: kind for name, (kind, _) in methods.options(file.metadata["method"]).items()}
+        for name, value in options.items():
+            if name in kinds and (isinstance(value, bool) or not isinstance(value, (kinds[name], int))):
+                file.fail(
+                    f"the option {name} of the layer {shown(path)} is of type {type(value).__name__}; "
+                    f"expected {kinds[name].__name__}"
+                )
+        return methods.create(file.metadata["method"], **options)
+    except (InputError, OverflowError) as error:
+        raise error if isinstance(error, FormatError) else file.error(file.path, str(error)) from None
+
+
+def read_part(file: TensorFile, path, part, method, d_out):
+    """{name: slice} from {name: [start, stop]}: the rows of shared arrays that are the layer's ``d_out`` outputs."""
+    shared = array_shapes(method, "d_out", "d_in")[2]
+    rows = lambda at: isinstance(at, list) and len(at) == 2 and all(type(n) is int and 0 <= n < 2**31 for n in at)
+    good = lambda name, at: shared.get(name, ())[:1] == ("d_out",) and rows(at) and at[1] - at[0] == d_out
+    if not isinstance(part, dict) or not all(good(name, at) for name, at in part.items()):
+        file.fail(f"the part of the layer {shown(path)} is not {d_out} rows [start, stop] of a shared array")
+    return {name: slice(*at) for name, at in part.items()}
+
+
+def save_training(path, model: GPT, base_fingerprint: str, optimizer, history, rng, settings: dict) -> None:
+    """Save all that the next step depends on, so that load_training() goes on as if nothing had happened.
+
+    The adapter's arrays with the moved base weights, the optimizer's state, the history (and so the step and the
+    schedule's position), the state of ``rng`` (and so the position in the data), and the ``settings``, plain data.
+    """
+    arrays = host_arrays(adapter_arrays(model))
+    arrays |= {f"optimizer.{name}": to_host(array) for name, array in optimizer.state().items()}
+    arrays |= {f"history.{name}": np.array(getattr(history, name), np.float64) for name in SERIES}
+    metadata = adapter_metadata(model, base_fingerprint) | {
+        "format": TRAINING,
+        "settings": json.dumps(settings),
+        "random": json.dumps(rng.bit_generator.state),
+        "counts": json.dumps([len(history.loss), history.tokens_per_step, history.kept_bytes]),
+    }
+    write_tensors(path, arrays, metadata)
+
+
+def open_training(path) -> tuple[TensorFile, dict]:
+    """A checkpoint that save_training() wrote, its header checked, and its settings. Raises AdapterFormatError."""
+    file = TensorFile(path, "a training checkpoint", AdapterFormatError)
+    if file.metadata.get("format") != TRAINING:
+        file.fail(f"is no training checkpoint of the format {shown(TRAINING)}")
+    require(file, "run", "settings", "random", "counts")
+    settings = described(file, "settings")
+    if not isinstance(settings, dict):
+        file.fail("the settings are not a map")
+    return file, settings
+
+
+def steps_taken(file: TensorFile) -> int:
+    return read_counts(file)[0]
+
+
+def read_counts(file: TensorFile) -> list[int]:
+    """[steps taken, tokens per step, bytes kept] of a checkpoint."""
+    counts = described(file, "counts")
+    if not isinstance(counts, list) or len(counts) != 3 or not all(type(n) is int and n >= 0 for n in counts):
+        file.fail("the counts are not three integers of at least 0")
+    return counts
+
+
+def load_training(file: TensorFile, model: GPT, make_optimizer, history, rng):
+    """Put the adapter, the optimizer's state, the history and ``rng`` back as they were; returns the optimizer.
+
+    ``model`` is the base model; ``make_optimizer(trainable parameters)`` makes the optimizer as the run did.
+    Raises AdapterFormatError, with all as it was.
+    """
+    chosen, parts = read_description(file, TRAINING, model)
+    steps, tokens_per_step, kept_bytes = read_counts(file)
+    trained = sum(
+        math.prod(shape)
+        for path, method in chosen.items()
+        for shape in array_shapes(method, *linear_layers(model)[path].W.shape)[0].values()
+    )
+    moments = {f"optimizer.{name}": (trained,) for name in ("m", "v")}
+    records = {"optimizer.t": (1,)} | {f"history.{name}": (steps,) for name in SERIES}
+    arrays = read_arrays(file, model, adapter_shapes(model, chosen, parts) | moments, records)
+    if arrays["optimizer.t"] != steps:
+        file.fail(f"is not the {steps} steps that were taken", "optimizer.t")
+    if (arrays["optimizer.v"] < 0.0).any():
+        file.fail("holds squares below 0", "optimizer.v")
+    restore_random(file, rng)
+    put_adapter(model, chosen, parts, arrays)
+    optimizer = make_optimizer(model.trainable())
+    optimizer.restore({name: arrays[f"optimizer.{name}"] for name in optimizer.state()})
+    history.tokens_per_step, history.kept_bytes = tokens_per_step, kept_bytes
+    for name in SERIES:
+        getattr(history, name)[:] = arrays[f"history.{name}"].tolist()
+    return optimizer
+
+
+def restore_random(file: TensorFile, rng) -> None:
+    """Put ``rng`` where it was; NumPy takes a state whole or not at all."""
+    try:
+        rng.bit_generator.state = described(file, "random")
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        file.fail(f"the state of the random generator cannot be used ({error!r})")
+
+
+def put_adapter(model: GPT, chosen: dict, parts: dict, arrays: dict) -> None:
+    """Put the methods ``chosen`` into ``model`` with ``arrays``, which have the adapter_shapes()."""
+    host(model, chosen, parts=parts)
+    for name, p in adapter_arrays(model).items():
+        p.data = to_device(arrays[name], array_module(p.data))
+
+
+def adapter_shapes(model: GPT, chosen: dict, parts: dict) -> dict:
+    """What adapter_arrays() would be after host(): {name: shape}, with no array made, however large r is."""
+    found, linears = {}, linear_layers(model)
+    for path, method in chosen.items():
+        d_out, d_in = linears[path].W.shape
+        trainable, buffers, _ = array_shapes(method, d_out, d_in)
+        found |= {f"{path}.arrays.{name}": shape for name, shape in (trainable | buffers).items()}
+        if method.updates_base:
+            found[f"{path}.base.W"] = (d_out, d_in)
+    widest = map(max, zip(*shared_shapes(model, chosen, parts), strict=True))
+    *_, shared = array_shapes(method, *widest)
+    return found | {f"shared.{name}": shape for name, shape in shared.items()}
+
+
+def array_shapes(method, d_out, d_in, r=None):
+    """{name: shape} of the trainable arrays, the buffers and the shared arrays, found on a layer of other sizes.
+
+    ``r``, by default the method's own, ``d_out`` and ``d_in`` stand in the shapes as they are given: letters will do.
+    """
+    sizes = {1: 1, 3: r or getattr(method, "r", 3), 5: d_out, 7: d_in}
+    small, W = replace(method, r=3) if hasattr(method, "r") else method, np.eye(5, 7)
+    shared = Saved(small.init_shared([W.shape], np.random.default_rng(0)))
+    groups = (*small.init(W, np.random.default_rng(0), shared), shared)
+    return tuple({name: tuple(sizes[n] for n in a.shape) for name, a in group.items()} for group in groups)

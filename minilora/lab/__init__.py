@@ -1,0 +1,1 @@
+"""Experiments: fine-tuning runs, comparisons and sweeps, and the figures of their results."""

@@ -1,0 +1,1 @@
+"""What the book is examined with: gradient checks, traces, diffs, exercises."""

@@ -1,0 +1,71 @@
+"""``minilora methods``: what each method trains, keeps for backward and is described as, read from its own file."""
+
+import inspect
+import re
+import sys
+
+from .. import methods
+from ..files.checkpoint import array_shapes
+from ..gpt import GPT, GPTConfig
+from ..surgery import adapt, count_parameters
+from .trial import verdicts
+
+
+def catalogue() -> list[dict]:
+    """One entry for each method; the counts are for the shipped model's shape and the method's defaults."""
+    entries = []
+    for name in methods.names():
+        method = methods.get(name)
+        doc = inspect.getdoc(sys.modules[method.__module__])
+        model = adapt(GPT(GPTConfig()), name, verbose=False)
+        layer, (trainable, total) = model.blocks[0].up, count_parameters(model)
+        entries.append({
+            "method": name,
+            "title": doc.split("\n")[0].split("   ")[0].rstrip("."),
+            "source": [*doc.split("\n")[0].split("   "), ""][1],
+            "options": {key: default for key, (_, default) in methods.options(name).items()},
+            "trained_arrays": trained_shapes(name),
+            "trainable": trainable,
+            "trainable_percent": 100 * trainable / total,
+            "frozen": sorted(set(layer.p) - set(layer.arrays.trainable())),
+            "claims": verdicts(name),
+            "kept": re.search(r"^Kept for backward: (.*)$", doc, re.MULTILINE)[1],
+        })  # fmt: skip
+    return entries
+
+
+def trained_shapes(name) -> dict[str, list[str]]:
+    """The trainable arrays of a layer by name, with their shapes in letters: {"A": ["r", "d_in"], …}."""
+    trainable, _, _ = array_shapes(methods.create(name), "d_out", "d_in", "r")
+    return {array: list(shape) for array, shape in trainable.items()}
+
+
+def show(entries) -> str:
+    """The catalogue as text for a terminal."""
+    lines = []
+    for e in entries:
+        arrays = ", ".join(f"{array} ({', '.join(shape)})" for array, shape in e["trained_arrays"].items())
+        options = ", ".join(f"{key}={value}" for key, value in e["options"].items()) or "no options"
+        lines += [
+            f"{e['method']}: {e['title']}",
+            *([f"    {e['source']}"] if e["source"] else []),
+            f"    {options}",
+            f"    trains {arrays}: {e['trainable']:,} numbers, {e['trainable_percent']:.2f} % of the shipped model",
+            f"    keeps for backward: {e['kept']}" + (f"; frozen: W, {', '.join(e['frozen'])}" if e["frozen"] else ""),
+            *(f"    {'✓' if holds else '✗'} {claim}" for claim, holds in e["claims"].items()),
+        ]
+    return "\n".join(lines)
+
+
+def markdown(entries) -> str:
+    """The catalogue as the table of the README."""
+    rows = ["| method | what | trains | numbers | keeps for backward |", "| --- | --- | --- | ---: | --- |"]
+    for e in entries:
+        trained = ", ".join(f"{array} ({', '.join(shape)})" for array, shape in e["trained_arrays"].items())
+        source = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", e["source"])
+        what = f"{e['title']}. {source}" if source else e["title"]
+        link = f"[`{e['method']}`](minilora/methods/{e['method']}.py)"
+        rows.append(
+            f"| {link} | {what} | {trained} | {e['trainable']:,} ({e['trainable_percent']:.1f} %) | {e['kept']} |"
+        )
+    return "\n".join(rows)

@@ -1,0 +1,175 @@
+"""AdamW and SGD over one flat buffer, and the learning-rate schedule.
+
+All trained arrays become views of one vector, so a step is a handful of array operations however many there are.
+"""
+
+import math
+
+import numpy as np
+
+from ..backend import array_module
+from ..errors import InputError, TrainingStopped
+from ..fast.blocked import block_of, row_blocks
+
+
+class Optimizer:
+    """The flat buffers ``data`` and ``grad`` (P,) of all trained numbers; a subclass says how one step moves them.
+
+    ``params``: Parameters by name, as ``model.trainable()`` gives them. ``lr`` may be changed between steps;
+    a Parameter's ``lr_scale`` multiplies it. ``weight_decay`` is decoupled and touches matrices only, not vectors.
+    ``clip``: the gradient is scaled down to this norm where it is longer.
+    Raises InputError for no parameters, several dtypes, or a hyper-parameter that is not finite and positive.
+    """
+
+    def __init__(self, params: dict, lr: float, weight_decay=0.0, clip=None):
+        if not params:
+            raise InputError("optimizer: there is nothing to train; every parameter is frozen")
+        check_positive(lr=lr, clip=clip)
+        check_positive(zero_allowed=True, weight_decay=weight_decay)
+        tensors = list(params.values())
+        if len({t.dtype for t in tensors}) > 1:
+            raise InputError(f"optimizer: all parameters need one dtype, got {sorted({str(t.dtype) for t in tensors})}")
+        xp = array_module(*(t.data for t in tensors))
+        self.lr, self.weight_decay, self.clip = lr, weight_decay, clip
+        self.tensors, data = tensors, xp.concatenate([t.data.ravel() for t in tensors])
+        self.place(data, xp.zeros_like(data))
+        spread = lambda values: _spread(xp, values, tensors, self.data.dtype)
+        self.lr_scale = spread([t.lr_scale for t in tensors])
+        self.decayed = spread([float(t.data.ndim >= 2) for t in tensors])
+
+    def place(self, data, grad):
+        """Let every trained array be a view of ``data`` (P,), and its gradient one of ``grad`` (P,)."""
+        self.data, self.grad, start = data, grad, 0
+        for t in self.tensors:
+            end = start + t.data.size
+            t.data = data[start:end].reshape(t.shape)
+            t.node.grad = grad[start:end].reshape(t.shape)  # backward adds into the flat buffer
+            start = end
+
+    def squared_norm(self):
+        """The gradient's squared length; on a GPU an array there, not waited for."""
+        with np.errstate(over="ignore"):  # an overflow is reported by step(), in words
+            return self.grad @ self.grad
+
+    def step(self, squared=None) -> float:
+        """Move the parameters against their gradients, clear the gradients, return the gradient's norm.
+
+        ``squared``: the gradient's squared norm, where it is known. Raises TrainingStopped, with nothing moved, where
+        the gradient is not finite.
+        """
+        norm = math.sqrt(float(self.squared_norm() if squared is None else squared))
+        if not math.isfinite(norm):
+            self.grad.fill(0.0)  # so that training may go on, with another batch or a lower rate
+            raise TrainingStopped(f"the gradient's norm is {norm}; lower the learning rate")
+        if self.clip is not None and norm > self.clip:
+            self.grad *= self.clip / norm
+        if self.weight_decay:
+            self.data *= 1.0 - self.lr * self.weight_decay * self.lr_scale * self.decayed
+        self.move()
+        self.grad.fill(0.0)
+        return norm
+
+    def move(self) -> None:
+        """Change ``self.data`` in place from ``self.grad``, at the rate ``self.lr * self.lr_scale``."""
+        raise NotImplementedError
+
+    def state(self) -> dict:
+        """The arrays, beside the parameters themselves, that the next step depends on; ``restore`` takes them back."""
+        return {}
+
+    def restore(self, state: dict) -> None:
+        for name, array in self.state().items():
+            array[...] = array_module(array).asarray(state[name], array.dtype)
+
+
+class SGD(Optimizer):
+    """Gradient descent, with momentum: u ← momentum u + g,  w ← w − lr u."""
+
+    def __init__(self, params, lr, momentum=0.0, weight_decay=0.0, clip=None):
+        super().__init__(params, lr, weight_decay, clip)
+        if not 0.0 <= momentum < 1.0:
+            raise InputError(f"SGD: momentum is {momentum}; it must be at least 0 and below 1")
+        self.momentum, self.velocity = momentum, 0.0 * self.data
+
+    def move(self):
+        self.velocity *= self.momentum
+        self.velocity += self.grad
+        self.data -= self.lr * self.lr_scale * self.velocity
+
+    def state(self):
+        return {"velocity": self.velocity}
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay.   Kingma & Ba 2014, arXiv 1412.6980; Loshchilov & Hutter 2017, 1711.05101
+
+    m ← β₁ m + (1 − β₁) g
+    v ← β₂ v + (1 − β₂) g²
+    w ← (1 − lr · weight_decay) w − lr · m̂ / (√v̂ + eps)
+
+    with m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ) in step t. ``weight_decay`` acts on matrices, not on vectors.
+    """
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, clip=None):
+        super().__init__(params, lr, weight_decay, clip)
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise InputError(f"AdamW: betas are {betas}; both must be at least 0 and below 1")
+        check_positive(eps=eps)
+        self.betas, self.eps, self.t = betas, eps, 0  # t: steps taken
+        self.m, self.v = 0.0 * self.data, 0.0 * self.data
+
+    def move(self):
+        xp, (beta1, beta2) = array_module(self.data), self.betas
+        self.t += 1
+        if xp is not np and self.data.dtype.kind == "f":
+            from ..fast.fused import adamw
+
+            return adamw(self)
+        scratch, lr_scale = block_of(self.data), self.lr_scale
+        for part in row_blocks(self.data):
+            g, m, v, data = (a[part] for a in (self.grad, self.m, self.v, self.data))
+            w = scratch[: len(g)]
+            m *= beta1
+            m += xp.multiply(g, 1.0 - beta1, out=w)
+            v *= beta2
+            xp.multiply(g, g, out=w)
+            w *= 1.0 - beta2
+            v += w
+            xp.sqrt(v, out=w)
+            w *= 1.0 / math.sqrt(1.0 - beta2**self.t)
+            w += self.eps
+            xp.divide(m, w, out=w)
+            w *= self.lr / (1.0 - beta1**self.t)
+            w *= lr_scale[part] if getattr(lr_scale, "shape", ()) else lr_scale
+            data -= w
+
+    def state(self):
+        return {"m": self.m, "v": self.v, "t": np.array([float(self.t)])}
+
+    def restore(self, state):
+        super().restore(state)
+        self.t = int(state["t"][0])
+
+
+def _spread(xp, values, tensors, dtype):
+    """One number per trained entry from one number per Tensor; a Python float where all are the same."""
+    if len(set(values)) == 1:
+        return values[0]
+    return xp.concatenate([xp.full(t.data.size, v, dtype) for v, t in zip(values, tensors, strict=True)])
+
+
+def check_positive(zero_allowed=False, **values):
+    """Raise InputError for a named value that is not a finite number above 0 (or at least 0); None is not given."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
+            raise InputError(f"{name} is {value}; it must be finite and {'at least' if zero_allowed else 'above'} 0")
+
+
+def warmup_cosine(step: int, steps: int, lr: float, warmup: int = 0, floor: float = 0.1) -> float:
+    """The rate of ``step`` (0 … steps − 1): a linear rise over ``warmup`` steps, then a cosine to floor · lr."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return lr * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))

@@ -1,0 +1,89 @@
+"""docs/contract.md shows a whole method file and its report: the file is a method, the report what is printed."""
+
+import dataclasses
+import inspect
+import re
+import sys
+
+import pages
+import test_contract
+from pytest import fixture
+
+from minilora import methods
+from minilora.adapter import Adapter
+from minilora.cli import main
+from minilora.tools.contract import CHECKS
+from minilora.tools.trial import Trial
+
+PAGE = pages.read("contract.md")
+FILE, REPORT, HINT = (
+    re.search(rf"^```{kind}\n({start}.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[1]
+    for kind, start in (("python", '"""'), ("text", r"\$"), ("text", "✗"))
+)
+
+
+@fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with the page's file in it."""
+    (tmp_path / "input_scale.py").write_text(FILE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@fixture
+def registered(folder, monkeypatch):
+    """As if the file were in the folder of methods."""
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(folder)])
+    yield
+    sys.modules.pop("minilora.methods.input_scale", None)
+
+
+def test_the_report_is_what_the_command_prints(folder, capsys):
+    command, _, expected = REPORT.partition("\n")
+    assert main(command.split()[2:]) == 0
+    assert capsys.readouterr().out == expected
+    assert all(f"✓ {what}\n" in expected for what in CHECKS)
+
+
+def test_the_hint_is_what_the_mistake_gets(folder, capsys):
+    mistake = re.search(r"With `(dx = .*)`:\n", PAGE)[1]
+    right = "dx = u * p.c"
+    assert FILE.count(right) == 1
+    (folder / "broken.py").write_text(FILE.replace(right, mistake), encoding="utf-8")
+    assert main(["check", "--file", "broken.py"]) == 1
+    assert HINT in capsys.readouterr().out
+
+
+def test_the_file_is_a_method_that_the_suite_would_take(registered):
+    assert main(["check", "input_scale"]) == 0
+    for check in (
+        test_contract.test_each_tagged_backward_line_matters_and_the_check_sees_it,
+        test_contract.test_equation_tags_of_docstring_and_code_are_the_same,
+        test_contract.test_shape_comments_are_true_while_the_code_runs,
+        test_contract.test_forward_and_backward_lines_state_their_shapes,
+        test_contract.test_kept_names_and_shapes_are_those_of_the_docstring,
+        test_contract.test_the_file_is_short_plain_and_holds_no_array,
+        test_contract.test_forward_equals_the_merged_weight,
+        test_contract.test_starts_as_the_base_model,
+        test_contract.test_training_moves_the_adapter_and_leaves_the_base_bit_identical,
+    ):
+        check("input_scale")
+
+
+def test_the_table_has_every_member_of_the_contract():
+    rows = set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE))
+    own = {name for name in vars(Adapter) if not name.startswith("_")} - {"name"}
+    assert dataclasses.is_dataclass(Adapter) and rows == own
+
+
+def test_a_trial_has_what_the_page_says():
+    trial = Trial(methods.create("lora"))
+    words = pages.sections(PAGE, 3)["What a claim can look at"]
+    for name in re.findall(r"`(\w+)(?:\(.*?\))?`", words):
+        if name not in ("Trial", "lora"):
+            assert hasattr(trial, name), name
+    assert set(inspect.signature(trial.resized).parameters) == {"sizes"}
+
+
+def test_links_lead_somewhere():
+    assert not [link for link in pages.broken_links("contract.md") if not link.startswith("notebooks/")]

@@ -1,0 +1,402 @@
+"""A run that is stopped or killed at any moment goes on to the state that it would have come to, to the bit.
+
+These tests exist because a resumed run that differs a little looks like a good one. ``--kills N`` says how often a
+training process is killed here: 10 by default, 200 in .ci/run.
+"""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from runs import assert_same, make_inputs, opens_to_read, run_in_a_child, state_of
+
+from minilora import GPT, methods
+from minilora.cli import main
+from minilora.errors import AdapterFormatError, InputError, Interrupted, TrainingStopped
+from minilora.files import tensorfile as files
+from minilora.files.base import load_model, save_model
+from minilora.files.checkpoint import load_adapter, open_training, steps_taken
+from minilora.files.tensorfile import TensorFile
+from minilora.lab import finetune
+
+STEPS = 7
+every_method = pytest.mark.parametrize("name", methods.names())
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"), width=16)
+
+
+@pytest.fixture(autouse=True)
+def no_samples(monkeypatch):
+    """The text that a run writes before and after takes five times as long as its training here."""
+    monkeypatch.setattr(finetune, "write_sample", lambda *_: "")
+
+
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """In a job that was started in the background SIGINT is ignored, and stays so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def method(name):
+    return methods.create(name, **methods.known(name, r=2, start_step=2))
+
+
+def start(name, inputs, out, **options):
+    base, text = inputs
+    settings = {"steps": STEPS, "lr": 0.05, "batch": 2, "warmup": 2, "every": 1, "weight_decay": 0.1, **options}
+    return finetune.finetune(
+        method(name), base=base, data=text, out=out, progress=False, report=lambda *_: None, **settings
+    )
+
+
+def go_on(out, **options):
+    return finetune.resume(out, progress=False, report=lambda *_: None, **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory):
+    """state_of() a run that nothing interrupted, by method and options; each is run once."""
+    found = {}
+
+    def run(name, **options):
+        key = name, *sorted(options.items())
+        if key not in found:
+            folder = tmp_path_factory.mktemp(name)
+            start(name, inputs, folder, **options)
+            found[key] = state_of(folder)
+        return found[key]
+
+    return run
+
+
+@contextlib.contextmanager
+def stopped_after(saves, with_error=KeyboardInterrupt):
+    """Raise in a run, right behind its checkpoint number ``saves``."""
+    save, count = finetune.save_training, [0]
+
+    def counting(*arguments):
+        save(*arguments)
+        count[0] += 1
+        if count[0] == saves:
+            raise with_error
+
+    finetune.save_training = counting
+    try:
+        with pytest.raises(with_error):
+            yield
+    finally:
+        finetune.save_training = save
+
+
+# ------------------------------------------------------------------------------------------------ to the bit
+
+
+@pytest.mark.parametrize("at", [1, 4])
+@every_method
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(name, at, inputs, undisturbed, tmp_path):
+    with stopped_after(at):
+        start(name, inputs, tmp_path)
+    assert not (tmp_path / finetune.ADAPTER).exists()
+    go_on(tmp_path)
+    assert_same(undisturbed(name), state_of(tmp_path))
+
+
+def test_two_stops_and_micro_batches_and_recomputing(inputs, undisturbed, tmp_path):
+    options = {"micro_batches": 2, "recompute": ["gelu", "attention"], "targets": ["q", "down"], "seed": 3}
+    with stopped_after(2):
+        start("lora", inputs, tmp_path, **options)
+    with stopped_after(2):
+        go_on(tmp_path)
+    assert steps_taken(open_training(tmp_path / finetune.CHECKPOINT)[0]) == 4
+    go_on(tmp_path)
+    assert_same(undisturbed("lora", micro_batches=2, recompute=("gelu", "attention"), targets=("q", "down"), seed=3),
+                state_of(tmp_path))  # fmt: skip
+
+
+def test_a_run_of_two_workers(inputs, undisturbed, tmp_path):
+    with stopped_after(3):
+        start("delta_lora", inputs, tmp_path, workers=2)
+    go_on(tmp_path)
+    assert_same(undisturbed("delta_lora", workers=2), state_of(tmp_path))
+
+
+def test_the_adapter_of_a_resumed_run_is_the_models(inputs, tmp_path):
+    with stopped_after(3):
+        start("pissa", inputs, tmp_path)
+    model = go_on(tmp_path)
+    loaded = load_adapter(tmp_path / finetune.ADAPTER, load_model(inputs[0]))
+    for (name, p), (other, q) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert name == other
+        np.testing.assert_array_equal(p.data, q.data)
+
+
+def test_a_finished_run_may_be_gone_on_with(inputs, undisturbed, tmp_path):
+    """It may have been killed between its last checkpoint and the adapter."""
+    start("lora", inputs, tmp_path)
+    (tmp_path / finetune.ADAPTER).unlink()
+    (tmp_path / finetune.HISTORY).unlink()
+    go_on(tmp_path)
+    assert_same(undisturbed("lora"), state_of(tmp_path))
+
+
+def test_with_other_workers_the_run_says_that_rounding_differs(inputs, undisturbed, tmp_path):
+    with stopped_after(3):
+        start("lora", inputs, tmp_path)
+    said = []
+    finetune.resume(tmp_path, workers=2, progress=False, report=said.append)
+    assert said[0] == "The run began with workers 1: with 2 it is the same but for rounding."
+    for key, value in state_of(tmp_path).items():
+        if isinstance(value, np.ndarray):
+            np.testing.assert_allclose(value, undisturbed("lora")[key], rtol=1e-3, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ killed
+
+
+class KillInASave:
+    """Lets the process kill itself at the ``at``-th call that a save makes of the system, after half a write if it is
+    one, and before or after the call otherwise."""
+
+    def __init__(self, at, after):
+        self.left, self.after, self.real = at, after, files.os
+
+    def __getattr__(self, name):
+        value = getattr(self.real, name)
+        return (lambda *a: self.call(name, value, *a)) if name in ("open", "write", "fsync", "replace") else value
+
+    def call(self, name, value, *arguments):
+        self.left -= not opens_to_read(name, arguments)
+        if self.left == 0:
+            if name == "write":
+                value(arguments[0], arguments[1][: len(arguments[1]) // 2])
+            elif self.after:
+                value(*arguments)
+            self.real.kill(self.real.getpid(), signal.SIGKILL)
+        return value(*arguments)
+
+
+SAVE_CALLS = 6  # open, write, fsync, replace, open the folder, fsync it
+
+
+@pytest.fixture
+def seconds(inputs, tmp_path_factory):
+    """How long a run takes here and now."""
+    begin = time.perf_counter()
+    assert run_in_a_child(lambda: start("lora", inputs, tmp_path_factory.mktemp("timing"))) == 0
+    return time.perf_counter() - begin
+
+
+def test_killed_at_random_moments_the_newest_checkpoint_is_always_good(inputs, undisturbed, tmp_path, seconds, request):
+    kills = request.config.getoption("kills")
+    rng, in_saves, others, resumed = np.random.default_rng(0), 0, 0, 0
+    for name in methods.names():
+        undisturbed(name)
+    case = 0
+    while in_saves + others < kills:
+        name = methods.names()[case % len(methods.names())]
+        folder, case, code, lives = tmp_path / str(case), case + 1, None, 0
+        while code != 0:
+            saved = (folder / finetune.CHECKPOINT).exists()
+            job = (lambda f=folder: go_on(f)) if saved else (lambda f=folder, n=name: start(n, inputs, f))
+            resumed += saved
+            if lives < 2 and in_saves + others < kills:
+                if in_saves <= others:
+                    at, after = int(rng.integers(1, SAVE_CALLS * (STEPS - 2 * lives))), bool(rng.integers(2))
+                    code = run_in_a_child(lambda j=job, a=at, b=after: (setattr(files, "os", KillInASave(a, b)), j()))
+                    in_saves += code == -signal.SIGKILL
+                else:
+                    code = run_in_a_child(job, rng.uniform(0.0, seconds))
+                    others += code == -signal.SIGKILL
+                lives += 1
+            else:
+                code = run_in_a_child(job)
+                assert code == 0
+            assert code in (0, -signal.SIGKILL)
+            if (folder / finetune.CHECKPOINT).exists():
+                file, _ = open_training(folder / finetune.CHECKPOINT)
+                assert 1 <= steps_taken(file) <= STEPS and file.read()
+        assert_same(undisturbed(name), state_of(folder))
+        assert sorted(p.name for p in folder.iterdir()) == sorted(
+            [finetune.ADAPTER, finetune.CHECKPOINT, finetune.HISTORY]
+        )
+    print(f"{in_saves} killed in a save, {others} at other moments, {resumed} resumed")
+    assert in_saves >= kills // 4 and others >= kills // 4 and resumed > 0
+
+
+# ------------------------------------------------------------------------------------------------ Ctrl-C
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_between_two_steps_saves_and_says_how_to_go_on(inputs, tmp_path, signum, code):
+    """The command itself, in a process of its own."""
+    base, text = inputs
+    run = tmp_path / "run"
+    command = [sys.executable, "-u", "-m", "minilora", "train", "lora", "--base", base, "--data", text, "--out", run,
+               "--steps", "1000000", "--batch", "2", "--workers", "1", "--checkpoint-every", "1000000"]  # fmt: skip
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:  # the fixture's handler becomes the default there
+        assert "layers matched" in process.stdout.readline()  # right before the first step
+        time.sleep(0.3)
+        process.send_signal(signum)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == code
+    steps = steps_taken(open_training(run / finetune.CHECKPOINT)[0])
+    assert f"stopped and saved after step {steps} of 1000000; to go on: minilora train --resume {run}\n" in error
+    assert "Traceback" not in error
+
+
+def test_a_signal_within_a_step_lets_the_step_finish(inputs, undisturbed, tmp_path, monkeypatch):
+    train = finetune.train
+
+    def training(model, optimizer, batches, *arguments, callback, **options):
+        def interrupted(batches):
+            for i, batch in enumerate(batches):
+                if i == 2:
+                    signal.raise_signal(signal.SIGINT)  # in step 3, before its loss
+                yield batch
+
+        return train(model, optimizer, interrupted(batches), *arguments, callback=callback, **options)
+
+    monkeypatch.setattr(finetune, "train", training)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match=r"stopped and saved after step 3 of 7; to go on: minilora train --resume"):
+        start("dora", inputs, tmp_path, every=100)
+    assert signal.getsignal(signal.SIGINT) is handler
+    monkeypatch.undo()
+    monkeypatch.setattr(finetune, "write_sample", lambda *_: "")
+    go_on(tmp_path)
+    ours, theirs = undisturbed("dora"), state_of(tmp_path)
+    key = f"{finetune.CHECKPOINT} settings"
+    assert json.loads(ours.pop(key)) | {"every": 100} == json.loads(theirs.pop(key))
+    assert_same(ours, theirs)
+
+
+def test_the_second_signal_stops_at_once(inputs, tmp_path, monkeypatch):
+    def training(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(finetune, "train", training)
+    with pytest.raises(KeyboardInterrupt):
+        start("lora", inputs, tmp_path)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(inputs, undisturbed, tmp_path, monkeypatch):
+    """Ctrl-C at the terminal is not for a job in the background, nor a hang-up's SIGINT for one under nohup."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    train = finetune.train
+
+    def training(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(finetune, "train", training)
+    start("lora", inputs, tmp_path)
+    assert_same(undisturbed("lora"), state_of(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------ nothing is lost
+
+
+def test_an_unfinished_run_is_not_written_over(inputs, tmp_path):
+    with stopped_after(3):
+        start("lora", inputs, tmp_path)
+    before = (tmp_path / finetune.CHECKPOINT).read_bytes()
+    with pytest.raises(InputError, match=r'holds an unfinished run \("lora", step 3 of 7\): go on with minilora train'):
+        start("vera", inputs, tmp_path)
+    assert (tmp_path / finetune.CHECKPOINT).read_bytes() == before
+    start("vera", inputs, tmp_path, overwrite=True)
+    assert TensorFile(tmp_path / finetune.ADAPTER).metadata["method"] == "vera"
+    start("lora", inputs, tmp_path)  # a finished one is
+    (tmp_path / finetune.CHECKPOINT).write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"holds a checkpoint that cannot be read \(is not a training checkpoint"):
+        start("lora", inputs, tmp_path)
+
+
+def test_a_save_that_fails_names_the_checkpoint_that_is_good(inputs, undisturbed, tmp_path, monkeypatch):
+    with stopped_after(4):
+        start("lora", inputs, tmp_path)
+    full = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    monkeypatch.setattr(files.os, "write", full)
+    with pytest.raises(InputError, match=r"stopped after step 5: cannot write .*: No space left on device; no file"
+                       r".* the checkpoint of step 4 is good: minilora train --resume"):  # fmt: skip
+        go_on(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(finetune, "write_sample", lambda *_: "")
+    go_on(tmp_path)
+    assert_same(undisturbed("lora"), state_of(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_adapter_and_no_checkpoint(inputs, tmp_path):
+    with np.errstate(all="ignore"), pytest.raises(TrainingStopped, match=r"saved in .*adapter\.safetensors"):
+        start("lora", inputs, tmp_path, lr=1e30, clip=None, steps=30)
+    assert all(np.isfinite(a).all() for a in TensorFile(tmp_path / finetune.ADAPTER).read().values())
+    assert not (tmp_path / finetune.CHECKPOINT).exists()
+
+
+def test_another_text_or_base_is_refused(inputs, tmp_path):
+    base, text = tmp_path / "base.safetensors", tmp_path / "text.txt"
+    base.write_bytes(inputs[0].read_bytes())
+    text.write_text(inputs[1].read_text())
+    with stopped_after(3):
+        start("lora", (base, text), tmp_path / "run")
+    text.write_text("the dog sat on the mat. " * 30)
+    with pytest.raises(InputError, match=r"the text .*text\.txt is not the one that this run began with"):
+        go_on(tmp_path / "run")
+    text.write_text(inputs[1].read_text())
+    save_model(base, GPT(load_model(base).config, rng=1))
+    with pytest.raises(AdapterFormatError, match="was trained on another base model"):
+        go_on(tmp_path / "run")
+
+
+BAD_RESUMES = {
+    "no such folder": (["--resume", "nowhere"], "there is no such checkpoint; a run's folder was expected"),
+    "a setting beside it": (["lora", "--resume", "run", "--lr", "0.1"], "leave out lr, method"),
+    "neither": ([], "name a method, one of"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD_RESUMES.values(), ids=BAD_RESUMES)
+def test_a_resume_that_cannot_be_is_one_line(argv, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_resume_on_the_command_line(inputs, undisturbed, tmp_path, capsys):
+    with stopped_after(5):
+        start("lora_plus", inputs, tmp_path)
+    assert main(["train", "--resume", str(tmp_path)]) == 0
+    assert "lora_plus: going on after step 5 of 7" in capsys.readouterr().out
+    assert_same(undisturbed("lora_plus"), state_of(tmp_path))
+
+
+SETTINGS = ["steps", "lr", "seed", "options", "method", "text_sha256"]
+
+
+@pytest.mark.parametrize("missing", SETTINGS)
+def test_a_checkpoint_whose_settings_are_damaged_is_one_error(missing, inputs, tmp_path):
+    with stopped_after(2):
+        start("lora", inputs, tmp_path)
+    path = tmp_path / finetune.CHECKPOINT
+    file = TensorFile(path)
+    settings = json.loads(file.metadata["settings"])
+    changes = [{}, {missing: None}, {missing: "\x1b[31m" if missing != "text_sha256" else 7}, {"every": 0}]
+    for change in changes:
+        spoilt = {k: v for k, v in settings.items() if k != missing or change == {"every": 0}} | change
+        files.write_tensors(path, file.read(), file.metadata | {"settings": json.dumps(spoilt)})
+        with pytest.raises(AdapterFormatError) as caught:
+            go_on(tmp_path)
+        assert caught.value.file == str(path) and "\x1b" not in str(caught.value)

@@ -1,0 +1,615 @@
+"""The sweep: its grid, its file that outlives a kill, its executors, a real Dask cluster, and what it reports."""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+import minilora
+from minilora import GPT, GPTConfig, methods, plots
+from minilora.errors import InputError
+from minilora.files.base import fingerprint, save_model
+from minilora.lab import figures
+from minilora.lab import sweep as module
+from minilora.lab.executors import Local
+from minilora.lab.results import MARK, Run, read
+from minilora.lab.sweep import add_arguments, execute, grid, run_sweep, sweep
+from minilora.lab.task import Task, tune
+
+ROOT = str(Path(minilora.__file__).parents[1])
+DIVERGES = 1e30
+# The command in a process of its own: one that a test may kill.
+COMMAND = """
+import argparse, signal
+from minilora.lab.sweep import add_arguments, run_sweep
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+parser = argparse.ArgumentParser()
+add_arguments(parser)
+run_sweep(parser.parse_args())
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "tiny.safetensors"
+    save_model(path, GPT(GPTConfig(n_positions=32, n_embd=16, n_layer=1, n_head=2)))
+    return str(path.resolve())
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "new" / "sweep.jsonl"
+
+
+def command(*argv):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run_sweep(parser.parse_args([str(a) for a in argv]))
+
+
+def environment():
+    paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"}
+
+
+def process(*argv, **options):
+    return subprocess.Popen([sys.executable, "-c", COMMAND, *map(str, argv)], env=environment(), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # fmt: skip
+
+
+@contextmanager
+def ended(process):
+    """A test that fails leaves no process behind."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
+def wait_for(condition, seconds=60):
+    """Poll; the limit only turns a hang into a failure."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended and waits for its parent has no command line any more."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def written(path):
+    """The file's whole lines, decoded without the code under test."""
+    return [json.loads(text) for text in path.read_bytes().split(b"\n")[:-1]]
+
+
+def keys(path):
+    return Counter(Run(**{f.name: line[f.name] for f in fields(Run)}).key() for line in written(path))
+
+
+def small(base, names=("lora",), rates=(0.01,), seeds=(0, 1), steps=4, **options):
+    return grid(list(names), options.get("ranks", [2]), options.get("alphas", [None]), list(rates), list(seeds),
+                steps, 2, base)  # fmt: skip
+
+
+@pytest.fixture
+def pretended(base, monkeypatch):
+    """Runs that take no time; the list of those that were done. Real ones are trained where it matters."""
+    done, mark = [], fingerprint(Task(base).model)
+
+    def pretend(run):
+        done.append(run)
+        return asdict(run) | {"loss_b": 2.0 + run.lr + 0.01 * run.seed, "loss_b_before": 3.0, "base_sha256": mark}
+
+    monkeypatch.setattr(module, "execute", pretend)
+    return done
+
+
+# --------------------------------------------------------------------------------------------------------- the grid
+
+
+def test_the_grid_multiplies_a_method_only_by_what_it_has(base):
+    runs = grid(["full", "vera", "lora"], [2, 4], [8.0, 16.0], [1e-3, 1e-2, 1e-1], [0, 1], 5, 2, base)
+    assert Counter(run.method for run in runs) == {"full": 3 * 2, "vera": 2 * 3 * 2, "lora": 2 * 2 * 3 * 2}
+    assert {(run.r, run.alpha) for run in runs if run.method == "vera"} == {(2, None), (4, None)}
+    assert {(run.r, run.alpha) for run in runs if run.method == "full"} == {(None, None)}
+    assert len({run.key() for run in runs}) == len(runs)
+    (run,) = grid(["lora"], [None], [None], [1e-2], [0], 5, 2, base)
+    assert (run.r, run.alpha) == (None, None) and run.adapter() == methods.create("lora")
+
+
+def test_a_key_does_not_depend_on_how_a_number_was_typed_or_where_the_command_stood(base, monkeypatch):
+    (whole,) = grid(["lora"], [2], [16], [1], [0], 5, 2, base)
+    monkeypatch.chdir(Path(base).parent)
+    (decimal,) = grid(["lora"], [2], [16.0], [1.0], [0], 5, 2, Path(base).name)
+    assert whole.key() == decimal.key() == Run(**json.loads(json.dumps(asdict(decimal)))).key()
+    assert '"alpha": 16.0' in whole.key() and '"lr": 1.0' in whole.key()
+
+
+BAD = {
+    "unknown method": (["--methods", "lora", "lorra"], 'did you mean "lora"'),
+    "method twice": (["--methods", "lora", "vera,lora"], "methods is"),
+    "no method": (["--methods", ","], "at least one"),
+    "rank 0": (["--methods", "lora", "--r", 2, 0], "r is 0"),
+    "rank above the layer": (["--methods", "lora", "--r", 4096], "at most 16"),
+    "rank twice": (["--r", 2, 2], "r is [2, 2]"),
+    "alpha nan": (["--methods", "lora", "--alpha", "nan"], "alpha is nan"),
+    "alpha 0": (["--methods", "lora", "--alpha", 0], "alpha is 0"),
+    "lr 0": (["--lr", 0.1, 0], "lr is 0"),
+    "lr infinite": (["--lr", "inf"], "lr is inf"),
+    "lr nan": (["--lr", "nan"], "lr is nan"),
+    "lr twice": (["--lr", 0.1, 0.10], "each value once"),
+    "seed twice": (["--seeds", 1, 1], "seeds is [1, 1]"),
+    "seed negative": (["--seeds", -1], "seed is -1"),
+    "steps 0": (["--steps", 0], "steps is 0"),
+    "batch 0": (["--batch", 0], "batch is 0"),
+    "workers 0": (["--methods", "full", "--workers", 0], "workers is 0"),
+    "no such base": (["--base", "no-such-model.safetensors"], "no-such-model.safetensors"),
+    "report of nothing": (["--report"], "holds no runs"),
+    "record of nothing": (["--record", "rates.json"], "holds no runs"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD.values(), ids=BAD)
+def test_what_cannot_be_used_is_refused_before_any_work(argv, message, base, out, monkeypatch):
+    monkeypatch.setattr(module, "sweep", lambda *args, **options: pytest.fail("work began"))
+    with pytest.raises(InputError) as caught:
+        command("--base", base, *argv, "--out", out)
+    assert message in str(caught.value)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("argv", [["--out", "x/picture.png"], ["--out", "a.jsonl", "--record", "a.jsonl"]])
+def test_no_output_may_replace_the_file_of_runs(argv, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="written over"):
+        command("--base", base, *argv)
+    with pytest.raises(InputError):
+        command("--base", base, "--out", "")
+
+
+# --------------------------------------------------------------------------------------------------------- the runs
+
+
+@pytest.mark.parametrize("executor", [ThreadPoolExecutor, Local])
+def test_a_line_holds_the_run_and_what_came_of_it(executor, base, out, capsys):
+    runs = small(base, ["lora"], steps=20, rates=[0.02], seeds=[5])
+    with executor(1) as pool:
+        returned = sweep(runs, pool, out)
+    (line,) = written(out)
+    assert line == {"minilora_sweep": 1, **returned[0]}
+    printed = capsys.readouterr()
+    assert "1 runs, 0 of them done already" in printed.out and printed.err == ""  # no bar of a worker's own
+    task, (run,) = Task(base, selection=True), runs
+    assert {**line, **asdict(run)} == line
+    model, history, _ = tune(task, run.adapter(), 20, 0.02, 2, 5, progress=False)
+    close = lambda value: pytest.approx(value, rel=1e-5)  # a BLAS with another number of threads adds in another order
+    assert (line["loss_a"], line["loss_b"]) == tuple(map(close, task.losses(model)))
+    assert line["loss_b"] < line["loss_b_before"] == close(task.losses(task.model)[1])
+    assert line["train_loss"] == close(fmean(history.loss[-2:])) != close(fmean(history.loss[-3:]))
+    assert line["kept_bytes"] == history.kept_bytes and line["seconds_per_step"] > 0
+    assert line["trainable"] == 2 * (4 * 32 + 2 * 80)  # r (d_in + d_out) for q, k, v, o, up and down
+    assert line["base_sha256"] == fingerprint(task.model) and line["started"].startswith("20")
+    assert (line["worker"].split(":")[1] == str(os.getpid())) == (executor is ThreadPoolExecutor)
+
+
+def test_rates_are_chosen_on_text_that_is_neither_trained_on_nor_reported_on(base):
+    selection, report = Task(base, selection=True), Task(base)
+    assert selection.tokenizer.decode(report.train_ids).startswith(selection.tokenizer.decode(selection.train_ids))
+    assert len(selection.train_ids) < 0.95 * len(report.train_ids)
+    before = execute(small(base, steps=1)[0])["loss_b_before"]
+    assert before == selection.losses(selection.model)[1] != report.losses(report.model)[1]
+
+
+def test_one_run_that_fails_is_recorded_and_does_not_end_the_others(base, out, capsys):
+    argv = ["--base", base, "--methods", "lora", "full", "--r", 2, "--lr", 0.01, DIVERGES, "--seeds", 0, "--steps", 4]
+    command(*argv, "--batch", 2, "--workers", 1, "--out", out)
+    lines = {(line["method"], line["lr"]): line for line in written(out)}
+    assert len(lines) == 4
+    for (_, rate), line in lines.items():
+        assert ("error" in line, "loss_b" in line) == (rate == DIVERGES, rate != DIVERGES)
+    error = lines["lora", DIVERGES]["error"]
+    assert error["type"] == "TrainingStopped" and "the loss is nan" in error["message"]
+    printed = capsys.readouterr().out
+    assert "failed at 1e+30" in printed and "failed otherwise" not in printed
+
+
+def test_failed_runs_are_left_alone_unless_asked_for(base, out, pretended, monkeypatch):
+    runs, pretend = small(base, seeds=(0, 1, 2)), module.execute
+
+    def broken(run):
+        if pretend(run)["seed"] == 1 and len(pretended) < 4:
+            raise MemoryError("no room")
+        return pretend(run)
+
+    monkeypatch.setattr(module, "execute", broken)
+    with ThreadPoolExecutor(1) as executor:
+        sweep(runs, executor, out)
+        (failed,) = [line for line in written(out) if "error" in line]
+        assert failed["error"] == {"type": "MemoryError", "message": "no room"}
+        assert failed.items() >= asdict(runs[1]).items()
+        sweep(runs, executor, out)
+        assert len(written(out)) == 3
+        lines = sweep(runs, executor, out, retry_failed=True)
+    assert sorted(line["seed"] for line in written(out)) == [0, 1, 1, 2]
+    assert len(lines) == 3 and not [line for line in lines if "error" in line]  # the later line counts
+    assert read(out)[0].keys() == {run.key() for run in runs}
+
+
+# ------------------------------------------------------------------------------------- stopped, and on from there
+
+
+def test_a_sweep_that_was_killed_goes_on_where_it_stopped(base, out):
+    argv = ["--base", base, "--methods", "lora", "--r", 2, "--lr", 0.01, 0.02, "--seeds", 0, 1, 2, 3,
+            "--steps", 200, "--batch", 2, "--workers", 2, "--out", out]  # fmt: skip
+    with process(*argv) as killed, ended(killed):
+        wait_for(lambda: out.exists() and len(written(out)) >= 2)
+        killed.kill()
+    first = out.read_bytes()
+    workers = {int(line["worker"].split(":")[1]) for line in written(out)}
+    assert 2 <= len(written(out)) < 8
+    wait_for(lambda: not any(map(alive, workers)))  # orphans end themselves
+    with process(*argv) as again:
+        printed, errors = again.communicate()
+    assert again.returncode == 0, errors
+    assert f"8 runs, {first.count(MARK)} of them done already" in printed
+    assert set(keys(out).values()) == {1} and len(keys(out)) == 8
+    assert out.read_bytes().startswith(first[: first.rfind(b"\n") + 1])
+
+
+@pytest.mark.parametrize("cut", [1, 10, -1], ids=["one byte", "within the mark", "all but the newline"])
+def test_half_a_line_is_cut_off_and_its_run_done_again(cut, base, out, pretended):
+    runs = small(base, seeds=(0, 1, 2))
+    with ThreadPoolExecutor(1) as executor:
+        sweep(runs, executor, out)
+        whole = out.read_bytes().split(b"\n")[:-1]
+        kept, half = whole[0] + b"\n" + whole[1] + b"\n", (whole[2] + b"\n")[:cut]
+        out.write_bytes(kept + half)
+        assert len(read(out)[0]) == 2
+        lines = sweep(runs, executor, out)
+    assert len(lines) == 3 and keys(out) == Counter(run.key() for run in runs)
+    assert out.read_bytes().startswith(kept + MARK)
+
+
+def test_each_line_is_in_the_file_before_the_next_run_ends(base, out, pretended, monkeypatch):
+    seen, pretend = [], module.execute
+    monkeypatch.setattr(module, "execute", lambda run: seen.append(len(written(out))) or pretend(run))
+    synced = []
+    # The folder, which is made new, is synced too, before there is a file in it.
+    monkeypatch.setattr(os, "fsync", lambda number: out.exists() and synced.append(len(written(out))))
+    with ThreadPoolExecutor(1) as executor:
+        sweep(small(base, seeds=range(4)), executor, out, ahead=1)
+    assert seen == [0, 1, 2, 3] and synced == [1, 2, 3, 4]
+
+
+def ignores_ctrl_c(pid):
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(status.get("SigIgn", "0"), 16) >> (signal.SIGINT - 1) & 1
+
+
+def test_ctrl_c_waits_for_no_run_and_leaves_no_process(base, out):
+    argv = ["--base", base, "--methods", "lora", "--lr", 0.01, 0.02, "--steps", 10**7, "--workers", 2, "--out", out]
+    with process(*argv, start_new_session=True) as stopped, ended(stopped):
+        children = Path(f"/proc/{stopped.pid}/task/{stopped.pid}/children")
+        if not children.exists():
+            pytest.skip("this system does not list the children of a process")
+        wait_for(lambda: sum(map(ignores_ctrl_c, children.read_text().split())) == 3)  # and a tracker of Python's own
+        pids = children.read_text().split()
+        os.killpg(stopped.pid, signal.SIGINT)  # to the workers as well, as a terminal does
+        _, errors = stopped.communicate(timeout=60)  # one run would take hours
+    assert stopped.returncode == -signal.SIGINT and errors.rstrip().endswith("KeyboardInterrupt")
+    assert "resource_tracker" not in errors and "Process SpawnProcess" not in errors
+    wait_for(lambda: not any(map(alive, pids)))
+    assert written(out) == []
+
+
+def test_an_interruption_cancels_what_has_not_started(base, out, pretended, monkeypatch):
+    pretend = module.execute
+
+    def interrupted(number):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "execute", lambda run: time.sleep(0.1) or pretend(run))
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with ThreadPoolExecutor(1) as executor, pytest.raises(KeyboardInterrupt):
+        sweep(small(base, seeds=range(9)), executor, out)
+    assert len(pretended) < 9
+
+
+FOREIGN = {
+    "text": b"my notes\n",
+    "text without a newline": b"my notes",
+    "json lines": b'{"loss_b": 1.0}\n',
+    "a line of another kind": MARK + b'"method": "lora"}\n',
+    "another version": b'{"minilora_sweep": 2, ' + json.dumps(asdict(Run("lora", 0.1, 0, 1, 1))).encode()[1:] + b"\n",
+    "binary": b"\x93NUMPY\x00\xff",
+    "json": b"{}",
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_a_file_that_is_something_else_is_left_as_it_is(content, base, tmp_path):
+    path = tmp_path / "foreign"
+    path.write_bytes(content)
+    for argv in ([], ["--report"], ["--record", tmp_path / "rates.json"]):
+        with pytest.raises(InputError, match="not a file of a sweep"):
+            command("--base", base, "--methods", "full", "--workers", 1, "--out", path, *argv)
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(InputError, match="not a file of a sweep"):
+        command("--base", base, "--methods", "full", "--workers", 1, "--out", tmp_path)
+
+
+def test_runs_that_cannot_be_compared_do_not_share_a_file(base, out, tmp_path, pretended):
+    changed = tmp_path / "tiny.safetensors"
+    save_model(changed, minilora.files.base.load_model(base))
+    with ThreadPoolExecutor(1) as executor:
+        sweep(small(changed), executor, out)
+        before = out.read_bytes()
+        for runs in (small(changed, steps=5), small(base)):
+            with pytest.raises(InputError, match="other steps, batch or base model"):
+                sweep(runs, executor, out)
+        save_model(changed, GPT(GPTConfig(n_positions=32, n_embd=16, n_layer=1, n_head=2), rng=1))
+        with pytest.raises(InputError, match="base model"):
+            sweep(small(changed), executor, out)
+        assert out.read_bytes() == before
+        save_model(changed, minilora.files.base.load_model(base))
+        assert len(sweep(small(changed, ["full"]), executor, out)) == 4  # another method may join
+
+
+# ---------------------------------------------------------------------------------------------- processes that die
+
+
+def kill_first_children(number):
+    """Kill this process's next ``number`` children, one after the other, each as soon as it is there."""
+
+    def kill(killed=()):
+        while len(killed) < number:
+            for child in {child.pid: child for child in active_children()}.values():
+                if child.pid not in killed:
+                    child.kill()
+                    killed = (*killed, child.pid)
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_the_runs_of_a_process_that_died_are_done_on_a_new_one(base, out):
+    runs = small(base, seeds=range(3))
+    with Local(1) as executor:
+        killer = kill_first_children(1)
+        lines = sweep(runs, executor, out, ahead=2)
+        killer.join()
+    assert keys(out) == Counter(run.key() for run in runs)
+    assert not [line for line in lines if "error" in line]
+
+
+def test_a_run_whose_process_dies_twice_is_recorded_as_failed(base, out):
+    runs = small(base, seeds=range(2))
+    with Local(1) as executor:
+        killer = kill_first_children(2)
+        sweep(runs, executor, out, ahead=2)
+        killer.join()
+        assert keys(out) == Counter(run.key() for run in runs)
+        errors = {line["error"]["type"] for line in written(out) if "error" in line}
+        assert errors == {"BrokenProcessPool"}
+        lines = sweep(runs, executor, out, retry_failed=True)
+    assert not [line for line in lines if "error" in line]
+
+
+def test_another_executor_that_broke_has_its_runs_recorded_as_failed(base, out):
+    runs = small(base, seeds=range(3))
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+        killer = kill_first_children(1)
+        lines = sweep(runs, executor, out)
+        killer.join()
+    assert keys(out) == Counter(run.key() for run in runs)
+    assert {line["error"]["type"] for line in lines} == {"BrokenProcessPool"}
+
+
+def test_local_processes_have_one_blas_thread_and_the_environment_is_restored(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    before = dict(os.environ)
+    with Local(1) as executor:
+        for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            assert executor.submit(os.getenv, name).result() == "1"
+    assert dict(os.environ) == before
+
+
+# ------------------------------------------------------------------------------------------------------ a real cluster
+
+
+@pytest.fixture(scope="module")
+def scheduler(tmp_path_factory):
+    """The address of a Dask scheduler with two workers, each a process of its own, on a free port of this machine."""
+    distributed = pytest.importorskip("distributed", reason="the extra dask is not installed")
+    folder, started = tmp_path_factory.mktemp("dask"), []
+
+    def start(*words):
+        log = open(folder / f"{len(started)}.log", "w")  # noqa: SIM115
+        line = [sys.executable, "-m", *words, "--no-dashboard"]
+        started.append((subprocess.Popen(line, env=environment(), stdout=log, stderr=log, cwd=folder), log))
+
+    try:
+        file = folder / "scheduler.json"
+        start("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", file)
+        for _ in range(2):
+            start("distributed.cli.dask_worker", "--scheduler-file", file, "--nthreads", "1", "--no-nanny")
+        wait_for(file.exists)
+        wait_for(lambda: file.read_text().rstrip().endswith("}"))
+        address = json.loads(file.read_text())["address"]
+        with distributed.Client(address, set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=60)
+        yield address
+    finally:
+        for process, log in started:
+            process.kill()  # asked politely, a worker whose scheduler is gone may take its time
+            process.wait()
+            log.close()
+
+
+def test_a_sweep_on_a_dask_cluster_uses_both_workers(scheduler, base, out, capsys):
+    argv = ["--base", base, "--methods", "lora", "full", "--r", 2, "--lr", 0.01, DIVERGES, "--seeds", 0, 1, 2]
+    argv += ["--steps", 20, "--batch", 2, "--dask", scheduler, "--out", out]
+    command(*argv)
+    lines = written(out)
+    assert len(lines) == 12 and set(keys(out).values()) == {1}
+    assert {line["lr"] for line in lines if "error" in line} == {DIVERGES}
+    workers = {line["worker"] for line in lines if "error" not in line}
+    assert len(workers) == 2 and not [w for w in workers if w.endswith(f":{os.getpid()}")]
+    command(*argv)
+    assert "12 runs, 12 of them done already" in capsys.readouterr().out and len(written(out)) == 12
+    command(*argv, "--retry-failed")
+    assert len(written(out)) == 18
+
+
+def test_a_cluster_that_cannot_be_reached_is_one_clear_sentence(base, out, monkeypatch):
+    argv = ["--base", base, "--methods", "full", "--out", out, "--dask"]
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r'pip install "minilora\[dask\]"'):
+        patch.setitem(sys.modules, "distributed", None)  # importing it raises ImportError
+        command(*argv, "tcp://127.0.0.1:1")
+    pytest.importorskip("distributed", reason="the extra dask is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # something listens there, and is no scheduler
+        port = silent.getsockname()[1]
+        for address in (f"tcp://127.0.0.1:{port}", "nonsense://127.0.0.1:1", "127.0.0.1"):
+            with pytest.raises(InputError, match=r"no Dask scheduler answers at .*: \w"):
+                command(*argv, address)
+    assert not out.exists()
+
+
+def test_a_refused_connection_leaves_no_noise_at_exit(base, out):
+    pytest.importorskip("distributed", reason="the extra dask is not installed")
+    with process("--base", base, "--methods", "full", "--dask", "tcp://127.0.0.1:1", "--out", out) as refused:
+        _, errors = refused.communicate(timeout=120)
+    assert errors.rstrip().splitlines()[-1].startswith("minilora.errors.InputError: no Dask scheduler answers")
+    assert "Exception ignored" not in errors
+
+
+# ------------------------------------------------------------------------------------------- the report and the record
+
+
+def fill(path, *curves, before=2.0):
+    """A sweep's file: (method, {rate: losses or errors of seeds 0, 1 …}) or (method, r, alpha, {…})."""
+    text = b""
+    for name, *setting, curve in curves:
+        r, alpha = setting or (None, None)
+        for rate, results in curve.items():
+            for seed, result in enumerate(results):
+                line = asdict(Run(name, rate, seed, 10, 2, None, r, alpha))
+                if isinstance(result, str):
+                    line["error"] = {"type": result, "message": "as expected"}
+                else:
+                    line |= {"loss_b": result, "loss_b_before": before, "base_sha256": "0"}
+                text += MARK + json.dumps(line).encode()[1:] + b"\n"
+    path.write_bytes(text)
+    return path
+
+
+STOPPED = "TrainingStopped"
+INSIDE = {0.001: [1.9, 1.9], 0.01: [1.5, 1.7], 0.1: [1.8, 1.8]}
+LOWEST = {0.002: [1.4, 1.4], 0.01: [1.5, 1.5]}
+CLIFF = {0.02: [1.8, 1.8], 0.05: [1.7, 1.7], 0.2: [1.1, STOPPED]}  # one seed's good luck is no good rate
+
+
+def test_the_report_tells_the_best_rate_its_neighbours_and_the_edge(tmp_path, capsys):
+    path = fill(tmp_path / "sweep.jsonl", ("lora", INSIDE), ("vera", LOWEST), ("dora", CLIFF))
+    command("--report", "--out", path)
+    rows = {row.split()[0]: " ".join(row.split()) for row in capsys.readouterr().out.splitlines()}
+    assert rows["lora"] == "lora 0.01 1.600 ± 0.141 1.900 at 0.001 1.800 at 0.1 6 0"
+    assert rows["vera"] == "vera 0.002 1.400 ± 0.000 edge of grid 1.500 at 0.01 4 0"
+    assert rows["dora"] == "dora 0.05 1.700 ± 0.000 1.800 at 0.02 failed at 0.2 6 1"
+    assert rows["Written:"] == f"Written: {tmp_path / 'sweep.png'}"
+    assert (tmp_path / "sweep.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_report_tells_failures_that_are_not_divergence(tmp_path, capsys):
+    command("--report", "--out", fill(tmp_path / "a.jsonl", ("lora", {0.1: ["MemoryError"], 0.2: [STOPPED]})))
+    printed = capsys.readouterr().out
+    assert "1 failed otherwise (MemoryError: as expected): --retry-failed" in printed
+    assert "failed" in next(row for row in printed.splitlines() if row.startswith("lora"))
+
+
+def axes_of(path):
+    lines = list(read(path)[0].values())
+    return {axes.get_title(loc="left"): axes for axes in figures.sweep(lines).axes}
+
+
+def test_the_figure_has_a_panel_for_each_method_with_its_best_rate(tmp_path):
+    panels = axes_of(fill(tmp_path / "a", ("lora", INSIDE), ("vera", LOWEST), ("dora", CLIFF)))
+    assert list(panels) == ["dora", "lora", "vera"]
+    assert {name: axes.get_title(loc="right") for name, axes in panels.items()} == {
+        "dora": "★ 0.05", "lora": "★ 0.01", "vera": "★ 0.002"
+    }  # fmt: skip
+    drawn = {line.get_label(): line for line in panels["dora"].lines}
+    assert list(drawn["dora"].get_xdata()) == list(CLIFF)
+    assert list(drawn["dora"].get_ydata()) == pytest.approx([1.8, 1.7, 2.0])  # cut off at the loss before tuning
+    marked = {line.get_marker(): line for line in panels["dora"].lines}
+    assert (list(marked["X"].get_xdata()), list(marked["*"].get_xdata())) == ([0.2], [0.05])
+    assert panels["dora"].get_ylim()[1] == 2.0 and panels["dora"].get_xscale() == "log"
+
+
+def test_the_figure_has_a_panel_for_each_rank_and_alpha_where_several_were_swept(tmp_path):
+    rank_4 = {0.01: [1.1, 1.1]}
+    path = fill(tmp_path / "a", ("lora", 2, 8.0, INSIDE), ("lora", 4, 8.0, rank_4), ("vera", 2, None, LOWEST),
+                ("full", None, None, CLIFF))  # fmt: skip
+    shown = {
+        title: {line.get_label() for line in axes.lines if not line.get_label().startswith("_")}
+        for title, axes in axes_of(path).items()
+    }
+    assert shown == {"r = 2, alpha = 8": {"lora", "vera", "full"}, "r = 4, alpha = 8": {"lora", "full"}}
+
+
+def test_the_figure_of_eleven_methods_that_all_failed_is_still_drawn(tmp_path):
+    path = fill(tmp_path / "a", *((name, {0.1: [STOPPED], 0.2: [STOPPED]}) for name in methods.names()))
+    assert len(plots.png(figures.sweep(list(read(path)[0].values())))) > 10_000
+
+
+def test_the_record_has_the_form_of_learning_rates_json(tmp_path):
+    low = {0.001: [1.9, 1.9], 0.002: [1.2, 1.2], 0.01: [1.8, 1.8]}
+    path = fill(tmp_path / "a.jsonl", ("vera", low), ("lora", 2, 8.0, INSIDE), ("lora", 4, 8.0, CLIFF), ("full", CLIFF))
+    rates = tmp_path / "rates.json"
+    command("--record", rates, "--out", path)
+    recorded, shipped = json.loads(rates.read_text()), Path(minilora.__file__).parent / "learning_rates.json"
+    assert recorded == {"default": 0.01, "methods": {"full": 0.05, "lora": 0.01, "vera": 0.002}}
+    assert recorded.keys() == json.loads(shipped.read_text()).keys()
+
+
+REFUSED = {
+    "lowest": ({"vera": LOWEST}, "vera is best at the edge of the grid, 0.002"),
+    "highest": ({"lora": INSIDE, "vera": {0.1: [1.5], 0.2: [1.4]}}, "vera is best at the edge of the grid, 0.2"),
+    "only one": ({"vera": {0.1: [1.5]}}, "vera is best at the edge of the grid, 0.1"),
+    "seeds missing": ({"lora": {**INSIDE, 0.1: [1.8]}}, "lora lacks seeds"),
+    "nothing finished": ({"lora": {0.1: [STOPPED], 0.2: [STOPPED], 0.3: [STOPPED]}}, "lora lacks seeds"),
+    "failed for another reason": ({"lora": {**INSIDE, 0.2: ["OSError", 1.9]}}, "--retry-failed"),
+}
+
+
+@pytest.mark.parametrize(("curves", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_rate_that_is_not_known_yet_is_not_recorded(curves, message, tmp_path):
+    path, rates = fill(tmp_path / "a.jsonl", *curves.items()), tmp_path / "rates.json"
+    with pytest.raises(InputError) as caught:
+        command("--record", rates, "--out", path)
+    assert message in str(caught.value) and not rates.exists()
+    if "edge" in message:
+        command("--record", rates, "--out", path, "--allow-edge")
+        assert json.loads(rates.read_text())["methods"]["vera"] == float(message.split()[-1])

@@ -1,0 +1,402 @@
+"""The notebooks' figures: they draw what was given, tell nothing by colour alone, and no text covers another."""
+
+import io
+import json
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.image import imread
+from matplotlib.text import Text
+
+from minilora import Tensor, methods, ops, plots
+from minilora.errors import InputError
+from minilora.lab import figures
+from minilora.tools import gradcheck
+
+normal = lambda *shape: np.random.default_rng(0).standard_normal(shape)
+STEPS = np.arange(60)
+CURVES = {name: [2.0 + np.exp(-STEPS / (9 + i)) + 0.1 * seed for seed in range(3)] for i, name in enumerate("abcdefgh")}
+BYTES = {"full": {"x": 3.0, "attention": 5.0}, "lora": {"x": 2.0, "attention": 5.0, "gelu": 1.5}, "vera": {"h": 0.5}}
+LOW_RANK = normal(20, 3) @ normal(3, 30)
+GOOD = gradcheck.Row("B", "complex", True, 2e-16, (0, 0), 1.0, 1.0, "")
+REPORT = gradcheck.Report("lora", (
+    GOOD, gradcheck.Row("A", "central", False, 6.0, (0, 0), 7.0, 1.0, "guess: off by a constant factor 7"),
+    gradcheck.Row("x", "shape", False, np.inf, (), np.nan, np.nan, "guess: transposed"),
+))  # fmt: skip
+
+
+COMPARED = json.loads((Path(__file__).parents[2] / "docs" / "compare.json").read_text(encoding="utf-8"))
+
+
+def compared(*names):
+    """What ``minilora compare --methods NAMES`` would have recorded; all methods without names."""
+    rows = [row for row in COMPARED["rows"] if not names or row["method"] in names]
+    return COMPARED | {"rows": rows, "curves": {row["method"]: COMPARED["curves"][row["method"]] for row in rows}}
+
+
+def attention_of(heads, T):
+    P = np.tril(np.random.default_rng(1).random((heads, T, T)) + 0.1)
+    return P / P.sum(axis=2, keepdims=True)
+
+
+def expression():
+    """y · y + tanh y for y = x Wᵀ + b: (result, its leaves by name)."""
+    shapes = {"x": (5, 4), "W": (3, 4), "b": (3,)}
+    leaves = {name: Tensor(normal(*shape), requires_grad=True) for name, shape in shapes.items()}
+    y = ops.linear(*leaves.values())
+    return (y * y + y.tanh()).sum(), leaves
+
+
+def self_attention():
+    x = Tensor(normal(6, 4), requires_grad=True)
+    return ops.attention(x, x, x, batch=2, heads=2)
+
+
+EXAMPLES = {
+    "loss_curves": lambda: plots.loss_curves(CURVES, "Eight methods, three seeds", smooth=5),
+    "lines": lambda: plots.lines({"α / r": ([1, 2, 8], [1.0, 0.5, 0.1])}, "Scale", "r", "s", logx=True, logy=True,
+                                 points={"best": ([2], [0.5])}),
+    "scatter": lambda: plots.scatter({"lora": (STEPS, STEPS * 2.0)}, "Line", "ΔM", "ΔD", fit=True),
+    "stacked_bars": lambda: plots.stacked_bars(BYTES, title="Kept for backward"),
+    "bars": lambda: plots.bars({"lora": [1.70, 1.72], "full": 1.66}, "Held-out loss", "nats per character"),
+    "bars, large": lambda: plots.bars({"lora": 73_728, "full": 786_432}, "Trained", "numbers"),
+    "singular_values": lambda: plots.singular_values({"low": LOW_RANK}, "Updates"),
+    "gradient_report": lambda: plots.gradient_report(REPORT),
+    "heat_map": lambda: plots.heat_map(normal(3, 4), "W", "column", "row", unit="weight"),
+    "heat_map, large": lambda: plots.heat_map(np.ones((40, 30)), "W", "column", "row", diverging=False),
+    "attention": lambda: plots.attention(attention_of(4, 12), "Enter Macb\n ", "Heads"),
+    "attention, as many as are named": lambda: plots.attention(attention_of(4, 32), "O Romeo " * 4, "Heads"),
+    "attention, long": lambda: plots.attention(attention_of(3, 33), "x" * 33, "Heads"),
+    "graph": lambda: plots.graph(expression()[0], "y · y + tanh y"),
+    "graph, much kept": lambda: plots.graph(self_attention().exp(), "attention keeps four arrays"),
+}  # fmt: skip
+
+
+def texts(figure):
+    """(text, where it is in pixels) for all that is drawn."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    unseen = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+                if not (axes.axison and low - 1e-9 <= tick.get_loc() <= high + 1e-9):
+                    unseen |= {tick.label1, tick.label2}
+    drawn = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    own = lambda text: Text.get_window_extent(text, renderer)  # without the arrow of an annotation
+    return [(text.get_text(), own(text)) for text in drawn if text not in unseen]
+
+
+def colliding(figure):
+    """Pairs of texts that lie on each other by more than a pixel, and those that stick out of the figure."""
+    found, page = texts(figure), figure.bbox
+    over = lambda a, b: min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
+    out = [t for t, b in found if b.x0 < page.x0 or b.x1 > page.x1 or b.y0 < page.y0 or b.y1 > page.y1]
+    return [(s, t) for (s, a), (t, b) in combinations(found, 2) if over(a, b)] + out
+
+
+def words(figure) -> str:
+    return "\n".join(text for text, _ in texts(figure))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_no_text_covers_another_or_is_cut_off(name):
+    figure = EXAMPLES[name]()
+    assert len(texts(figure)) >= 3
+    assert colliding(figure) == []
+
+
+def test_texts_that_collide_or_are_cut_off_are_seen():
+    figure = plots.new_figure(3, 2)
+    axes = figure.subplots()
+    for text, x in [("one", 0.5), ("two", 0.52), ("far out", 1.2)]:
+        axes.text(x, 0.5, text, clip_on=False)
+    figure.set_layout_engine("none")
+    assert {("one", "two"), "far out"} <= set(colliding(figure))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_figure_has_a_title_and_labelled_axes(name):
+    figure = EXAMPLES[name]()
+    titles = [axes.get_title(loc="left") for axes in figure.axes] + [figure.get_suptitle()]
+    assert any(titles)
+    if name.partition(",")[0] in ("graph", "stacked_bars", "bars", "gradient_report"):
+        return  # rows are named
+    labels = (
+        [figure.get_supxlabel(), figure.axes[0].get_xlabel()],
+        [figure.get_supylabel(), figure.axes[0].get_ylabel()],
+    )
+    assert all(map(any, labels))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_notebook_shows_a_png_on_white_with_words_for_who_cannot_see_it(name):
+    shown = plots.show(EXAMPLES[name](), "the loss falls")
+    png, metadata = shown._repr_png_()
+    image = imread(io.BytesIO(png))
+    assert metadata == {"alt": "the loss falls"}
+    assert 700 <= image.shape[1] <= 800
+    assert (image[[0, 0, -1, -1], [0, -1, 0, -1]] == 1.0).all()  # the corners: white, and not transparent
+    assert png == plots.show(EXAMPLES[name](), "again")._repr_png_()[0]
+
+
+def test_a_figure_without_words_is_refused():
+    with pytest.raises(InputError, match="alt is empty"):
+        plots.show(EXAMPLES["bars"](), " ")
+
+
+def test_losses_are_smoothed_and_seeds_become_a_mean_and_a_range():
+    axes = plots.loss_curves({"a": [[4.0, 2.0, 0.0], [6.0, 4.0, 2.0]], "b": [1.0, 2.0, 6.0]}, smooth=2).axes[0]
+    a, b = axes.lines
+    assert (a.get_xdata().tolist(), a.get_ydata().tolist()) == ([2, 3], [4.0, 2.0])
+    assert (b.get_xdata().tolist(), b.get_ydata().tolist()) == ([2, 3], [1.5, 4.0])
+    (band,) = axes.collections
+    assert {(2.0, 3.0), (2.0, 5.0), (3.0, 1.0), (3.0, 3.0)} <= set(map(tuple, band.get_paths()[0].vertices))
+
+
+def test_a_smoothing_longer_than_the_run_leaves_its_mean():
+    (line,) = plots.loss_curves({"a": [1.0, 3.0]}, smooth=9).axes[0].lines
+    assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([2], [2.0])
+
+
+def test_curves_differ_by_more_than_colour_once_the_palette_is_used_up():
+    drawn = plots.loss_curves(CURVES).axes[0].lines
+    looks = [(line.get_color(), line.get_linestyle()) for line in drawn]
+    assert len(set(looks)) == len(looks) == 8
+    assert {color for color, _ in looks} == set(plots.COLOURS)
+
+
+def test_curves_that_lie_on_one_another_are_all_seen():
+    same = dict.fromkeys("abcd", LOW_RANK)
+    losses, values = (draw(same).axes[0].lines for draw in (plots.loss_curves, plots.singular_values))
+    for drawn in (losses, values):
+        widths = [line.get_linewidth() for line in drawn]
+        assert all(below > above + 0.3 for below, above in pairwise(widths))
+        assert len({line.get_linestyle() for line in drawn}) == 4
+    marks = [line.get_markersize() for line in values]
+    assert marks == sorted(set(marks), reverse=True)
+
+
+def test_points_lie_where_they_were_put_and_scales_are_logarithmic():
+    axes = EXAMPLES["lines"]().axes[0]
+    line, point = axes.lines
+    assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([1, 2, 8], [1.0, 0.5, 0.1])
+    assert (point.get_marker(), point.get_xdata().tolist(), point.get_ydata().tolist()) == ("o", [2], [0.5])
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert plots.lines({"a": ([1], [1])}).axes[0].get_yscale() == "linear"
+
+
+def test_a_short_log_axis_has_plain_numbers():
+    assert {"1", "2", "5", "0.5", "0.2"} <= set(words(EXAMPLES["lines"]()).split("\n"))
+    wide = words(plots.lines({"a": ([1, 2], [1e-5, 1e-3])}, logy=True)).split("\n")
+    assert {"1e−05", "0.0001", "0.001"} <= set(wide) and "0.0002" not in wide
+
+
+def test_a_fit_tells_the_correlation_in_words():
+    x = np.array([0.0, 1.0, 2.0, 3.0])
+    figure = plots.scatter({"up": (x, 2 * x + 1), "down": (x, np.array([3.0, 1.0, 2.0, 0.0]))}, fit=True)
+    assert "up, correlation +1.00" in words(figure) and "down, correlation -0.80" in words(figure)
+    up, down = figure.axes[0].lines
+    assert up.get_ydata().tolist() == pytest.approx([1.0, 7.0])
+    assert down.get_ydata().tolist() == pytest.approx([2.7, 0.3])
+    assert (
+        len({tuple(c.get_paths()[0].vertices.ravel()) for c in figure.axes[0].collections}) == 2
+    )  # marks of two shapes
+    assert not plots.scatter({"up": (x, x)}).axes[0].lines
+
+
+def test_the_singular_values_end_at_the_rank():
+    full = np.diag(np.arange(1.0, 41.0))
+    figure = plots.singular_values({"low": LOW_RANK, "full": full}, most=32)
+    low, high = figure.axes[0].lines
+    assert low.get_ydata() == pytest.approx(np.linalg.svd(LOW_RANK, compute_uv=False)[:3])
+    assert high.get_ydata() == pytest.approx(np.arange(40.0, 8.0, -1.0))
+    assert low.get_label() == "low (rank 3)" and high.get_label() == "full (rank 40)"
+    assert low.get_marker() != high.get_marker()
+
+
+def test_stacked_bars_lie_end_to_end_and_totals_stand_behind_them():
+    axes = EXAMPLES["stacked_bars"]().axes[0]
+    drawn = {c.get_label(): [(p.get_x(), p.get_width()) for p in c] for c in axes.containers}
+    assert drawn == {
+        "x": [(0.0, 3.0), (0.0, 2.0), (0.0, 0.0)], "attention": [(3.0, 5.0), (2.0, 5.0), (0.0, 0.0)],
+        "gelu": [(8.0, 0.0), (7.0, 1.5), (0.0, 0.0)], "h": [(8.0, 0.0), (8.5, 0.0), (0.0, 0.5)],
+    }  # fmt: skip
+    assert [(t.get_text(), t.xy) for t in axes.texts] == [("8", (8.0, 0)), ("8.5", (8.5, 1)), ("0.5", (0.5, 2))]
+    assert axes.get_xlabel() == "MiB"
+
+
+def test_parts_beyond_the_palette_are_hatched():
+    parts = {f"part {i}": 1.0 for i in range(8)}
+    containers = plots.stacked_bars({"row": parts}).axes[0].containers
+    assert [c[0].get_hatch() or "" for c in containers] == [""] * 7 + ["//"]
+
+
+def test_bars_have_the_length_of_the_mean_and_tell_the_deviation():
+    figure = EXAMPLES["bars"]()
+    axes = figure.axes[0]
+    widths = [patch.get_width() for patch in axes.patches]
+    assert widths == pytest.approx([1.71, 1.66])
+    assert "1.710 ± 0.014" in words(figure) and "1.66" in words(figure)
+    (points,) = [line for line in axes.lines if line.get_marker() == "o"]
+    assert points.get_xdata().tolist() == [1.70, 1.72]
+    (error,) = axes.collections
+    assert np.ptp(error.get_segments()[0][:, 0]) == pytest.approx(2 * 0.01 * 2**0.5)
+    assert {"73,728", "786,432", "800,000"} <= set(words(EXAMPLES["bars, large"]()).split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0"), (0.01234, "0.0123"), (45.67, "45.7"), (73728.0, "73,728"), (2.5e-9, "2.5e-09")]
+)
+def test_numbers_are_written_as_people_write_them(value, text):
+    assert words(plots.bars({"a": value, "b": 1e-12})).split("\n").count(text) >= 1
+
+
+def test_a_gradient_report_tells_right_from_wrong_in_words():
+    figure = EXAMPLES["gradient_report"]()
+    axes = figure.axes[0]
+    assert [t.get_text() for t in axes.texts] == ["✓ 2e-16", "✗ 6e+00", "✗ wrong shape"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["B, complex", "A, central", "x, shape"]
+    ends = [patch.get_x() + patch.get_width() for patch in axes.patches]
+    assert ends == pytest.approx([2e-16, 6.0, 1e3])
+    green, red, also_red = (to_hex(patch.get_facecolor()).upper() for patch in axes.patches)
+    assert green == "#009E73" and red == also_red == "#D55E00" and {green, red} <= set(plots.COLOURS)
+    (tolerances,) = axes.collections
+    assert [(s[0, 0], s[:, 1].mean()) for s in tolerances.get_segments()] == [(1e-12, 0.0), (1e-7, 1.0)]
+
+
+def test_a_real_report_of_a_method_is_drawn():
+    report = gradcheck.check_method(methods.create("dora", r=2))
+    assert words(plots.gradient_report(report)).count("✓") == len(report.rows) == 8
+
+
+def test_a_diverging_map_is_white_at_zero_and_small_ones_have_numbers():
+    axes = plots.heat_map(np.array([[0.0, -1.0], [0.5, 0.25]]), xticks=["a", "b"], yticks=[1, 2]).axes[0]
+    (image,) = axes.images
+    assert image.get_clim() == (-1.0, 1.0)
+    assert image.to_rgba(0.0)[:3] == pytest.approx([0.97, 0.97, 0.97], abs=0.01)
+    assert [t.get_text() for t in axes.texts] == ["0", "-1", "0.5", "0.25"]
+    assert [to_hex(t.get_color()) for t in axes.texts] == ["#000000", "#ffffff", "#000000", "#000000"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["a", "b"]
+    plain = EXAMPLES["heat_map, large"]().axes[0]
+    assert not plain.texts and plain.images[0].get_cmap().name == "cividis"
+
+
+def test_attention_has_a_panel_for_each_head_and_names_its_tokens():
+    figure = EXAMPLES["attention"]()
+    panels = [axes for axes in figure.axes if axes.get_title(loc="left").startswith("head")]
+    assert [axes.get_title(loc="left") for axes in panels] == [f"head {i}" for i in range(4)]
+    for P, axes in zip(attention_of(4, 12), panels, strict=True):
+        assert (axes.images[0].get_array() == P).all()
+        assert [t.get_text() for t in axes.get_xticklabels()] == [*"Enter␣Macb↵␣"]
+    long = EXAMPLES["attention, long"]()
+    assert len(long.axes) == 4 and not long.axes[0].get_xticklabels()  # 3 heads and the colours
+
+
+def test_the_graph_shows_operations_leaves_edges_and_what_is_kept():
+    result, leaves = expression()
+    axes = plots.graph(result, names=leaves).axes[0]
+    boxes = {t.get_text(): type(t.get_bbox_patch().get_boxstyle()).__name__ for t in axes.texts if t.get_bbox_patch()}
+    assert {k for k, style in boxes.items() if style == "Ellipse"} == {"x", "W", "b"}
+    assert {k for k, style in boxes.items() if style == "Round"} == {"linear", "mul", "tanh", "add", "sum"}
+    assert {"x (5, 4)\nW (3, 4)", "a (5, 3)\nb (5, 3)", "y (5, 3)"} <= {t.get_text() for t in axes.texts}
+    arrows = {(t.xy, t.xyann) for t in axes.texts if getattr(t, "arrow_patch", None)}
+    assert len(arrows) == 9  # three leaves, y twice into its square and once into tanh, two into add, one into sum
+    height = {t.get_text(): t.get_position()[1] for t in axes.texts if t.get_text() in boxes}
+    assert height["x"] > height["linear"] > height["mul"] == height["tanh"] > height["add"] > height["sum"]
+
+
+def test_an_edge_that_skips_a_layer_goes_round():
+    x = Tensor(np.ones(3), requires_grad=True)
+    bent = lambda figure: [
+        t.arrow_patch.get_connectionstyle().rad
+        for t in figure.axes[0].texts
+        if getattr(t, "arrow_patch", None) is not None
+    ]
+    assert sorted(bent(plots.graph(x.exp().exp() + x))) == [0.0, 0.0, 0.0, 0.3]
+
+
+def test_an_edge_that_goes_round_leads_from_box_to_box():
+    x = Tensor(np.ones(3), requires_grad=True)
+    figure = plots.graph(x.exp().exp().tanh() * x, names={"a leaf of a long name": x})
+    figure.draw(FigureCanvasAgg(figure).get_renderer())
+    drawn = figure.axes[0].texts
+    boxes = {t.get_text(): t.get_bbox_patch().get_window_extent().padded(3) for t in drawn if t.get_bbox_patch()}
+    (around,) = (a for t in drawn if (a := getattr(t, "arrow_patch", None)) and a.get_connectionstyle().rad)
+    start, _, end = around.get_path().vertices[:3]  # of the curve; those of the head follow
+    assert boxes["a leaf of a long name"].contains(*start)
+    assert boxes["mul"].contains(*end)
+
+
+def test_a_graph_that_is_too_large_or_is_none_is_refused():
+    x = Tensor(np.ones(3), requires_grad=True)
+    with pytest.raises(InputError, match="has 0 nodes; between 1 and 40"):
+        plots.graph(Tensor(np.ones(3)))
+    for _ in range(39):
+        x = x.tanh()
+    plots.graph(x)
+    with pytest.raises(InputError, match="has 41 nodes"):
+        plots.graph(x.tanh())
+
+
+# -------------------------------------------------------------------------------- minilora compare
+
+
+@pytest.mark.parametrize("names", [(), ("lora", "dora"), ("dora", "dora_detached"), ("lora",)], ids=len)
+def test_the_comparison_of_any_number_of_methods_can_be_read(names):
+    figure = figures.comparison(compared(*names))
+    assert colliding(figure) == []
+    assert set(names or methods.names()) <= set(words(figure).split("\n"))
+
+
+def test_each_method_of_a_comparison_has_a_look_of_its_own_and_the_legend_shows_it():
+    figure = figures.comparison(compared())
+    curves, trade = figure.axes[:2]
+    looks = {line.get_label(): (line.get_color(), line.get_linestyle(), line.get_marker()) for line in curves.lines}
+    assert list(looks) == methods.names() and len(set(looks.values())) == len({m for *_, m in looks.values()}) == 12
+    (legend,) = [legend for part in figure.subfigs for legend in part.legends]
+    shown = {t.get_text(): (h.get_color(), h.get_linestyle(), h.get_marker())
+             for t, h in zip(legend.get_texts(), legend.get_lines(), strict=True)}  # fmt: skip
+    assert shown == looks
+    assert [(p.get_color(), p.get_marker()) for p in trade.lines] == [(c, m) for c, _, m in looks.values()]
+
+
+def test_a_comparison_shows_the_recorded_losses_on_axes_that_are_scaled_to_them():
+    curves, trade = figures.comparison(compared()).axes[:2]
+    for line, point, row in zip(curves.lines, trade.lines, COMPARED["rows"], strict=True):
+        assert line.get_xydata().tolist() == COMPARED["curves"][row["method"]]
+        assert point.get_xydata().tolist() == [[row["loss_b_after"], row["loss_a_after"]]]
+        assert [name.xy for name in trade.texts if name.get_text() == row["method"]] == [
+            (row["loss_b_after"], row["loss_a_after"])
+        ]
+    low, high = trade.get_xlim()
+    losses = [row["loss_b_after"] for row in COMPARED["rows"]]
+    assert low < min(losses) and high > max(losses) and high - low < 1.2 * (max(losses) - min(losses))
+    assert "before tuning: 2.225" in trade.get_xlabel() and "before tuning: 1.785" in trade.get_ylabel()
+
+
+def test_a_method_that_diverged_does_not_squeeze_the_others():
+    result = compared("lora", "dora")
+    result["curves"]["dora"] = [[step, loss if step < 60 else 9.0] for step, loss in result["curves"]["dora"]]
+    low, high = figures.comparison(result).axes[0].get_ylim()
+    assert 1.7 < low < 1.9 and 2.35 < high < 2.7
+
+
+def test_points_that_are_nearly_one_lie_near_each_other():
+    for axis in ("x", "y"):
+        low, high = getattr(figures.comparison(compared("dora", "dora_detached")).axes[1], f"get_{axis}lim")()
+        assert high - low > 0.02
+
+
+def test_arrays_of_a_device_are_drawn_too():
+    there = lambda array: Tensor(array).data
+    (line,) = plots.singular_values({"low": there(LOW_RANK)}).axes[0].lines
+    assert len(line.get_ydata()) == 3
+    assert plots.heat_map(there(np.ones((2, 2)))).axes[0].images
+    assert plots.attention(there(attention_of(2, 5)), "abcde").axes[0].images
+    assert plots.lines({"a": (there(np.ones(3)), there(np.ones(3)))}).axes[0].lines
