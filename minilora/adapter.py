@@ -26,8 +26,6 @@ class Adapter:
 
     updates_base = False  # True: init or after_step changes W, and the layer gets its own copy of it
     holomorphic = True  # False: the complex step cannot be taken, and the method's file says why
-    peft = {}  # the keys that name the method in PEFT's configuration; a method that inherits says its own
-    from_peft = False  # True: a file with these keys is read as this method; likewise
     claims = {}  # sentence: function of a claims.Trial that is true where the sentence holds
 
     def __post_init__(self):
@@ -92,6 +90,23 @@ class Adapter:
 
     def after_step(self, W, p) -> None:
         """Called after each optimizer step."""
+
+    # The method in PEFT's files, for files/peft.py; docs/peft.md explains each of these.
+    peft = {}  # the keys that name the method in PEFT's configuration: {"peft_type": …, "a_flag": True}
+    from_peft = False  # True: a file with these keys is read as this method
+    peft_names = {}  # hyper-parameter: PEFT's key for it
+    peft_patterns = {}  # hyper-parameter: PEFT's key for a map {module: its own value}
+    peft_arrays = {}  # array: (its name in the file, after the module's unless it begins with "base_model.", its axes)
+    peft_keys = {}  # PEFT's other key: the values that mean this method; the first one is written
+    peft_ignored = {}  # PEFT's key that changes nothing computed here: the value to write, or None to leave it out
+    peft_shared_key = ""  # the key that is false in a file without the shared arrays: init_shared() draws them
+    peft_rescales = False  # True: its keys change `scaling` alone, so another method can express them by its alpha
+    is_product = False  # True: apart from arrays (d_out,), the arrays act as scaling · B A, which can be put in blocks
+
+    def __init_subclass__(cls):
+        """A method computes something else than the one it inherits from: PEFT's name for it is in its own file."""
+        super().__init_subclass__()
+        cls.peft, cls.from_peft = vars(cls).get("peft", {}), vars(cls).get("from_peft", False)
 
 
 class AdaptedLinear(Module):
