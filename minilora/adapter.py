@@ -16,7 +16,7 @@ from .nn import Linear, Module, Parameter
 
 
 class InPeft:
-    """A method in the files of Hugging Face PEFT: what files/peft.py needs to know. docs/peft.md explains each entry."""
+    """A method in the files of Hugging Face PEFT: all that files/peft.py has to know of it. See docs/peft.md."""
 
     peft = {}  # the keys that name the method in PEFT's configuration: {"peft_type": …, "a_flag": True}
     from_peft = False  # True: a file with these keys is read as this method
