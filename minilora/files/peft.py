@@ -30,6 +30,7 @@ from .tensorfile import TensorFile, read_arrays, read_bytes, tensor_bytes
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FORMS, NAMES = ("adapter", "lora", "merged"), ("gpt2", "minilora")
 ROOT = "base_model.model."  # in front of the names of a module's arrays
+TRANSPOSED = "fan_in_fan_out"  # the key, of some kinds, that says that weights are (d_in, d_out), as in GPT-2
 CONFIG_DIGEST = "adapter_config_sha256"  # metadata by which a pair of which one file was replaced is recognised
 
 DRAWN = 1 << 27  # the most numbers of shared arrays that a file may leave to its key: 512 MiB
@@ -74,7 +75,6 @@ def save_peft(folder, model, form="adapter", names="gpt2", base=None, save_proje
         "auto_mapping": None,
         "base_model_name_or_path": base,
         "bias": "none",
-        "fan_in_fan_out": names == "gpt2",
         "inference_mode": True,
         "layers_pattern": None,
         "layers_to_transform": None,
@@ -82,6 +82,8 @@ def save_peft(folder, model, form="adapter", names="gpt2", base=None, save_proje
         "target_modules": short_names(layout, everything),
         "task_type": "CAUSAL_LM" if names == "gpt2" else None,
     }
+    if TRANSPOSED in config:
+        config[TRANSPOSED] = names == "gpt2"
     text = json.dumps(config, indent=2, sort_keys=True).encode()
     metadata = {"format": "pt", CONFIG_DIGEST: hashlib.sha256(text).hexdigest()}
     folder = writable_folder(folder)
