@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import socket
 import struct
 from pathlib import Path
 
@@ -178,11 +177,16 @@ def json_noted(key, change):
 
 def layers(change):
     """Change {path: {"options": …}} in place, signed."""
-    return json_noted("layers", lambda found: change(found) or found)
+
+    def changed(found):
+        change(found)
+        return found
+
+    return json_noted("layers", changed)
 
 
 def options(**changes):
-    return layers(lambda found: [layer["options"].update(changes) for layer in found.values()] and None)
+    return layers(lambda found: [layer["options"].update(changes) for layer in found.values()])
 
 
 def array(name, change):
@@ -213,19 +217,9 @@ def changed(**values):
     return spoil
 
 
-def replaced(make):
-    """Put something else in the file's place: make(path) where nothing is."""
-
-    def spoil(path):
-        path.unlink()
-        make(path)
-
-    return spoil
-
-
-def unix_socket(path):
-    with socket.socket(socket.AF_UNIX) as opened:
-        opened.bind(os.path.relpath(path))  # a socket's path may have 100 bytes
+def linked(target):
+    """Put a symbolic link in the file's place."""
+    return lambda path: (path.unlink(), path.symlink_to(target))
 
 
 def only(name, data: bytes):
@@ -237,13 +231,12 @@ def only(name, data: bytes):
 
 FILES = {
     "missing": (Path.unlink, "there is no such file"),
-    "a folder": (replaced(Path.mkdir), "a folder, a pipe or a device"),
-    "a pipe that nobody writes to": (replaced(os.mkfifo), "a folder, a pipe or a device"),
-    "a socket": (replaced(unix_socket), "cannot be read"),
-    "a link to zeros without end": (replaced(lambda path: path.symlink_to("/dev/zero")), "a pipe or a device"),
-    "a link to a folder": (replaced(lambda path: path.symlink_to("/")), "a folder, a pipe or a device"),
-    "a link to nothing": (replaced(lambda path: path.symlink_to("nothing")), "there is no such file"),
-    "a link to itself": (replaced(lambda path: path.symlink_to(path.name)), "cannot be read"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "a folder, a pipe or a device"),
+    "a pipe that nobody writes to": (lambda path: (path.unlink(), os.mkfifo(path)), "a folder, a pipe or a device"),
+    "a link to zeros without end": (linked("/dev/zero"), "a folder, a pipe or a device"),
+    "a link to a folder": (linked("/"), "a folder, a pipe or a device"),
+    "a link to nothing": (linked("nothing"), "there is no such file"),
+    "a link to itself": (lambda path: linked(path.name)(path), "cannot be read"),
 }
 BROKEN = {  # what the library, or the JSON reader before it, refuses
     **{
@@ -531,9 +524,9 @@ def model_cases():
 # ------------------------------------------------------------------------------ the JSON files of PEFT and transformers
 
 WRONG_TEXTS = [
-    b"", b"{", b"\xef\xbb\xbf{}", "{}".encode("utf-16"), bytes(1000), KILLER, b"PK\3\4" + bytes(26), b"NaN", b"[]", b"1",
-    b"null", b'"LORA"', b"peft_type: LORA\nr: 2\n", b"{'r': __import__('os').system('touch killed')}", b"[" * DEEP,
-    b'{"r": ' + b"9" * DEEP + b"}", b'{"r": 1, "r": 1}', b"{" + b" " * 2_000_000 + b"}",
+    b"", b"{", b"\xef\xbb\xbf{}", "{}".encode("utf-16"), bytes(1000), KILLER, b"PK\3\4" + bytes(26), b"NaN", b"[]",
+    b"1", b"null", b'"LORA"', b"peft_type: LORA\nr: 2\n", b"{'r': __import__('os').system('touch killed')}",
+    b"[" * DEEP, b'{"r": ' + b"9" * DEEP + b"}", b'{"r": 1, "r": 1}', b"{" + b" " * 2_000_000 + b"}",
 ]  # fmt: skip
 NO_SIZE = [None, 0, -1, True, "8", 2.0, math.nan, [2], {}, 2**31, LONG]
 NO_ALPHA = [None, 0, -1, True, "16", 1e308, LONG, math.inf, [], {}]
@@ -601,8 +594,8 @@ INDEXES = [
 ] + [{}, ["model.safetensors"], "model.safetensors"]  # fmt: skip
 
 
-def json_cases(wrong):
-    """For a JSON file: its text, and ``wrong`` {key: values that it must not have}."""
+def json_cases(wrong, others):
+    """For a JSON file: its text, ``wrong`` {key: values that it must not have}, and ``others``, which do not fit."""
     for text in WRONG_TEXTS:
         yield f"text {text!r:.30}", instead(text), "not JSON|not a map|holds NaN|nested|twice|larger", None
     for name, (spoil, rule) in FILES.items():
@@ -613,12 +606,12 @@ def json_cases(wrong):
             text = "missing" if value is GONE else f"{value!a:.30}"
             rule = rf"\b{re.escape(key)}\b|unknown key|holds -?(NaN|Inf)"
             yield f"{key!a:.30} {text}", changed(**{key: value}), rule, None
+    for changes in others:
+        yield f"{changes!r:.60}", changed(**changes), ".", None
 
 
 def peft_config_cases():
-    yield from json_cases(PEFT_WRONG)
-    for changes in MISMATCHED:
-        yield f"{changes!r:.60}", changed(**changes), ".", None
+    yield from json_cases(PEFT_WRONG, MISMATCHED)
     keys = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
     for i, expression in enumerate(EXPRESSIONS):
         key = keys[i % len(keys)]
@@ -658,9 +651,7 @@ def gpt2_cases():
 
 
 def gpt2_config_cases():
-    yield from json_cases(GPT2_WRONG)
-    for sizes in OTHER_SIZES:
-        yield str(sizes), changed(**sizes), ".", None
+    yield from json_cases(GPT2_WRONG, OTHER_SIZES)
 
 
 # ---------------------------------------------------------------------------------------------------- the loaders
@@ -735,38 +726,25 @@ def load(loader, folder, victim):
         load_adapter(folder / "file", victim.model)
 
 
-LOADERS = {  # name: (the file that cases spoil, others that the error may name, the error)
-    "adapter": ("file", (), AdapterFormatError),
-    "VeRA": ("file", (), AdapterFormatError),
-    "checkpoint": ("file", (), AdapterFormatError),
-    "run": (finetune.CHECKPOINT, (), AdapterFormatError),
-    "model": ("file", (), FormatError),
-    "PEFT": (WEIGHTS, (PEFT_PICKLE,), AdapterFormatError),
-    "PEFT, VeRA": (WEIGHTS, (), AdapterFormatError),
-    "PEFT's configuration": (CONFIG, (WEIGHTS,), AdapterFormatError),
-    "PEFT's configuration, VeRA": (CONFIG, (WEIGHTS,), AdapterFormatError),
-    "GPT-2": (GPT2_FILE, (GPT2_INDEX, GPT2_PICKLE), FormatError),
-    "GPT-2's configuration": ("config.json", (GPT2_FILE,), FormatError),
-}
-CASES = {  # generators of (name, spoil, an expression for the error's rule, the tensor that it names)
-    "adapter": adapter_cases,
-    "VeRA": vera_cases,
-    "checkpoint": checkpoint_cases,
-    "run": run_cases,
-    "model": model_cases,
-    "PEFT": peft_cases,
-    "PEFT, VeRA": peft_vera_cases,
-    "PEFT's configuration": peft_config_cases,
-    "PEFT's configuration, VeRA": peft_vera_config_cases,
-    "GPT-2": gpt2_cases,
-    "GPT-2's configuration": gpt2_config_cases,
+LOADERS = {  # name: (its cases, the file that they spoil, others that the error may name, the error)
+    "adapter": (adapter_cases, "file", (), AdapterFormatError),
+    "VeRA": (vera_cases, "file", (), AdapterFormatError),
+    "checkpoint": (checkpoint_cases, "file", (), AdapterFormatError),
+    "run": (run_cases, finetune.CHECKPOINT, (), AdapterFormatError),
+    "model": (model_cases, "file", (), FormatError),
+    "PEFT": (peft_cases, WEIGHTS, (PEFT_PICKLE,), AdapterFormatError),
+    "PEFT, VeRA": (peft_vera_cases, WEIGHTS, (), AdapterFormatError),
+    "PEFT's configuration": (peft_config_cases, CONFIG, (WEIGHTS,), AdapterFormatError),
+    "PEFT's configuration, VeRA": (peft_vera_config_cases, CONFIG, (WEIGHTS,), AdapterFormatError),
+    "GPT-2": (gpt2_cases, GPT2_FILE, (GPT2_INDEX, GPT2_PICKLE), FormatError),
+    "GPT-2's configuration": (gpt2_config_cases, "config.json", (GPT2_FILE,), FormatError),
 }
 FORMAT_LOADERS = ("adapter", "checkpoint", "model", "PEFT", "GPT-2")  # of a safetensors file, each with its own errors
 
 
 def table(every_loader=False) -> dict:
     """{name: (loader, spoil, rule, tensor)}: a case of the format is for one loader in turn, or for all of them."""
-    found = {f"{loader}: {name}": (loader, *case) for loader, cases in CASES.items() for name, *case in cases()}
+    found = {f"{loader}: {name}": (loader, *case) for loader, (cases, *_) in LOADERS.items() for name, *case in cases()}
     for i, (name, *case) in enumerate(format_cases()):
         for loader in FORMAT_LOADERS if every_loader else [FORMAT_LOADERS[i % len(FORMAT_LOADERS)]]:
             found[f"{loader}: format: {name}"] = (loader, *case)

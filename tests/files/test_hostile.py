@@ -67,7 +67,7 @@ def assert_well_said(error, files):
 
 def assert_refused(loader, folder, rule, tensor=None):
     """One error that says all that it must, in time and memory, with nothing imported, changed or left behind."""
-    file, others, kind = LOADERS[loader]
+    _, file, others, kind = LOADERS[loader]
     victim, modules, listing = Victim(), set(sys.modules), sorted(os.listdir(folder))
     before = victim.state()
     tracemalloc.start()
@@ -91,7 +91,7 @@ def assert_refused(loader, folder, rule, tensor=None):
 def test_a_file_that_lies_is_one_error(case, good, here):
     loader, spoil, rule, tensor = case
     shutil.copytree(good(loader), here)
-    path = here / LOADERS[loader][0]
+    path = here / LOADERS[loader][1]
     tensor = hostile.first(hostile.read(path)[0]) if tensor is FIRST else tensor
     spoil(path)
     assert_refused(loader, here, rule, tensor)
@@ -110,7 +110,7 @@ EACH_TENSOR = {
 
 
 def assert_each_tensor_counts(loader, folder):
-    path = folder / LOADERS[loader][0]
+    path = folder / LOADERS[loader][1]
     whole, names = path.read_bytes(), hostile.read(path)[0].keys() - {"__metadata__"}
     for name in sorted(names):
         for change, rule in EACH_TENSOR.values():
@@ -130,20 +130,6 @@ def test_every_tensor_of_every_method_counts(name, here):
 def test_every_tensor_of_a_base_model_counts(loader, good, here):
     shutil.copytree(good(loader), here)
     assert_each_tensor_counts(loader, here)
-
-
-def test_a_file_without_permission_is_one_error(good, here):
-    """Root may read everything, so it asks as another."""
-    shutil.copytree(good("adapter"), here)
-    (here / "file").chmod(0)
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        with pytest.raises(AdapterFormatError, match="cannot be read: Permission denied"):
-            load_adapter(here / "file", base())
-    finally:
-        os.seteuid(user)
 
 
 # ------------------------------------------------------------------------------------------------ what is allowed
@@ -201,7 +187,7 @@ def test_a_damaged_file_is_seen(loader, damage, good, here, request):
     before, damaged = victim.state(), damage(path.read_bytes())
     for data in some(damaged, request):
         path.write_bytes(data)
-        with pytest.raises(LOADERS[loader][2]) as caught:
+        with pytest.raises(LOADERS[loader][3]) as caught:
             hostile.load(loader, here, victim)
         assert_well_said(caught.value, [path])
     assert victim.state() == before and len(damaged) > 400
@@ -232,7 +218,7 @@ def fuzzed(good, tmp_path_factory):
     return path, path.read_bytes(), arrays_of(load_adapter(path, base()))
 
 
-def assert_refused_or_the_same(path, adapter=None):
+def assert_refused_or_the_same(path, adapter):
     try:
         found = arrays_of(load_adapter(path, base()))
     except AdapterFormatError as error:
@@ -246,13 +232,6 @@ def by_chance(**values):
     nightly = "--nightly" in sys.argv
     fixed = settings(max_examples=1000 if nightly else 15, deadline=None, derandomize=True, database=None)
     return lambda test: fixed(given(**values)(test))
-
-
-@by_chance(data=st.binary(max_size=300), honest=st.booleans())
-def test_bytes_by_chance_are_no_adapter(fuzzed, data, honest):
-    path, *_ = fuzzed
-    path.write_bytes(len(data).to_bytes(8, "little") + data if honest else data)
-    assert_refused_or_the_same(path)
 
 
 EDITS = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 12), st.binary(max_size=12)), min_size=1, max_size=4)

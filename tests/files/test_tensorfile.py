@@ -85,47 +85,27 @@ def test_new_folders_are_on_the_disk_too(tmp_path, monkeypatch):
     assert [path for name, path in watched.seen if name == "fsync"] == [tmp_path / "a", tmp_path]
 
 
-@pytest.mark.parametrize("most", [1, 7, 1000])
-def test_a_write_that_takes_a_part_is_followed_by_another(most, tmp_path, monkeypatch):
+def test_a_write_that_takes_a_part_is_followed_by_another(tmp_path, monkeypatch):
     data = np.random.default_rng(0).bytes(2000)
-    watched = watch(monkeypatch, most=most)
+    watched = watch(monkeypatch, most=7)
     write_atomically(tmp_path / "weights", data)
     assert (tmp_path / "weights").read_bytes() == data
-    assert [name for name, _ in watched.seen].count("write") == -(-2000 // most)
+    assert [name for name, _ in watched.seen].count("write") == -(-2000 // 7)
 
 
-@pytest.mark.parametrize("number", range(8))
-def test_a_call_that_fails_is_one_error_and_a_whole_file(number, tmp_path, monkeypatch):
-    path, code = tmp_path / "weights", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS][number % 4]
-    path.write_bytes(b"old")
-    watched = watch(monkeypatch, failing(number, OSError(code, os.strerror(code))))
-    with pytest.raises(InputError) as caught:
-        write_atomically(path, b"new" * 100)
-    assert str(caught.value) == f'cannot write "{path}": {os.strerror(code)}; no file there is half written'
-    assert path.read_bytes() == (b"old" if number <= 4 else b"new" * 100)  # 4: the rename
-    assert names(tmp_path) == ["weights"] and len(watched.seen) >= number + 1
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError, SystemExit])
-def test_an_exception_in_a_save_leaves_the_old_file_alone(stop, tmp_path, monkeypatch):
-    (tmp_path / "weights").write_bytes(b"old")
-    watch(monkeypatch, failing(2, stop))
-    with pytest.raises(stop):
-        write_atomically(tmp_path / "weights", b"new")
-    assert (tmp_path / "weights").read_bytes() == b"old" and names(tmp_path) == ["weights"]
-
-
-@pytest.mark.parametrize("number", range(10))
-def test_files_that_belong_together_are_all_on_the_disk_before_one_is_renamed(number, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", range(13))
+def test_a_call_that_fails_is_one_error_and_all_files_are_whole(number, tmp_path, monkeypatch):
+    """Files that belong together are all on the disk before one is renamed."""
     one, two = tmp_path / "one", tmp_path / "two"
     for path in (one, two):
         path.write_bytes(b"old")
-    watch(monkeypatch, failing(number, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
-    with pytest.raises(InputError, match="No space left"):
+    code = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS][number % 4]
+    watched = watch(monkeypatch, failing(number, OSError(code, os.strerror(code))))
+    with pytest.raises(InputError, match=f'cannot write ".*": {os.strerror(code)}; no file there is half written'):
         write_together({one: b"new", two: b"new"})
     renamed = max(0, min(number - 8, 2))  # four calls put each file on the disk; then come the renames
     assert [path.read_bytes() for path in (one, two)] == [b"new"] * renamed + [b"old"] * (2 - renamed)
-    assert names(tmp_path) == ["one", "two"]
+    assert names(tmp_path) == ["one", "two"] and len(watched.seen) > number
 
 
 def test_a_path_that_cannot_be_is_one_error(tmp_path):
@@ -201,17 +181,6 @@ def test_of_two_processes_that_save_the_same_file_the_last_one_wins(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [(b"{}", {}), (b' {"a": [1, 2.5, true, null, "\\u00e9"]} ', {"a": [1, 2.5, True, None, "é"]}), (b"-0", 0),
-     ('"é"'.encode(), "é"), (b'{"a": {"a": 1}}', {"a": {"a": 1}}), (b"1e308", 1e308)],
-)  # fmt: skip
-def test_json_is_plain_data(text, value):
-    for form in (text, text.decode()):
-        found = parse_json(form, "file", "options")
-        assert found == value and type(found) is type(value)
-
-
-@pytest.mark.parametrize(
     ("text", "rule"),
     [(b"", "the options is not JSON"), (b"{'a': 1}", "not JSON"), (b'{"a": 1,}', "not JSON"), (b"{} {}", "not JSON"),
      (b"\xef\xbb\xbf{}", "not JSON"), (b'{"a": "\xff"}', "not JSON .*utf-8"), (b"NaN", "holds NaN, which is not JSON"),
@@ -229,9 +198,11 @@ def test_json_that_is_not_strict_is_one_error(text, rule):
     assert caught.value.file == "file" and caught.value.tensor is None and type(caught.value) is OwnError
 
 
-def test_bytes_are_read_up_to_a_limit(tmp_path):
-    (tmp_path / "file").write_bytes(b"12345")
-    assert read_bytes(tmp_path / "file", 5, "a file") == b"12345"
+def test_json_and_bytes_that_are_good_are_read(tmp_path):
+    text = b' {"a": [1, 2.5, true, null, "\\u00e9"], "b": {"a": -0}} '
+    (tmp_path / "file").write_bytes(text)
+    for form in (text, text.decode(), read_bytes(tmp_path / "file", len(text), "a file")):
+        assert parse_json(form, "file", "options") == {"a": [1, 2.5, True, None, "é"], "b": {"a": 0}}
     with pytest.raises(FormatError, match="is larger than 4 bytes, the most that a file may have"):
         read_bytes(tmp_path / "file", 4, "a file")
 
@@ -268,18 +239,18 @@ VALUES = np.array([[1.5, -2.0, 0.0], [0.1, 65504.0, -1e-7]])
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("F64", np.float64), ("F32", np.float32), ("F16", np.float16)])
-def test_arrays_come_in_their_dtype(name, dtype, tmp_path):
-    arrays = {"a": VALUES.astype(dtype), "scalar": np.array(3.0, dtype), "deep": np.ones((1,) * 8, dtype)}
-    save_file(arrays, tmp_path / "file", {"format": "pt"})
+def test_what_is_written_is_read_to_the_bit_and_carries_a_checksum(name, dtype, tmp_path):
+    a = VALUES.astype(dtype)
+    arrays = {"a": a, "not contiguous": a.T, "scalar": np.array(3.0, dtype), "deep": np.ones((1,) * 8, dtype)}
+    write_tensors(tmp_path / "file", arrays, {"note": "é\n"})
     file = TensorFile(tmp_path / "file")
-    assert file.metadata == {"format": "pt"}
+    assert file.metadata["note"] == "é\n" and re.fullmatch("[0-9a-f]{64}", file.metadata[tensorfile.DIGEST])
     assert file.tensors == {key: (name, array.shape) for key, array in arrays.items()}
     file.check({key: array.shape for key, array in arrays.items()})
     found = file.read()
     assert found.keys() == arrays.keys()
     for key, array in arrays.items():
-        assert found[key].dtype == dtype and found[key].shape == array.shape
-        np.testing.assert_array_equal(found[key], array)
+        assert found[key].dtype == dtype and np.array_equal(found[key], array)
 
 
 def by_hand(path, *tensors):
@@ -310,22 +281,13 @@ def test_bfloat16_is_the_upper_half_of_float32(tmp_path):
     assert found["half"].tobytes() == half.tobytes() and found["double"].tobytes() == double.tobytes()
 
 
-def test_what_is_written_is_read_to_the_bit_and_carries_a_checksum(tmp_path):
-    arrays = {"a": VALUES, "b": VALUES.T.astype(np.float32)}  # b is not contiguous
-    write_tensors(tmp_path / "file", arrays, {"note": "é\n"})
-    file = TensorFile(tmp_path / "file")
-    assert file.metadata["note"] == "é\n" and re.fullmatch("[0-9a-f]{64}", file.metadata[tensorfile.DIGEST])
-    for name, array in file.read().items():
-        assert array.dtype == arrays[name].dtype and np.array_equal(array, arrays[name])
-
-
 def test_the_checksum_covers_names_shapes_dtypes_numbers_and_notes():
     zeros = np.zeros((2, 3), np.float32)
     cases = [
         ({"a": zeros}, {"note": "x"}), ({"b": zeros}, {"note": "x"}), ({"a": zeros.T}, {"note": "x"}),
-        ({"a": zeros.astype(np.float64)}, {"note": "x"}), ({"a": zeros + 1}, {"note": "x"}), ({"a": -zeros}, {"note": "x"}),
-        ({"a": zeros}, {"note": "y"}), ({"a": zeros}, {"notes": "x"}), ({"a": zeros}, {}),
-        ({"a": zeros, "b": zeros}, {"note": "x"}),
+        ({"a": zeros.astype(np.float64)}, {"note": "x"}), ({"a": zeros + 1}, {"note": "x"}),
+        ({"a": -zeros}, {"note": "x"}), ({"a": zeros}, {"note": "y"}), ({"a": zeros}, {"notes": "x"}),
+        ({"a": zeros}, {}), ({"a": zeros, "b": zeros}, {"note": "x"}),
     ]  # fmt: skip
     assert len({digest(*case) for case in cases}) == len(cases)
     assert digest({"a": zeros}, {"note": "x", "sha256": "0"}) == digest(*cases[0])
