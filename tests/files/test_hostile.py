@@ -210,41 +210,38 @@ def test_damage_to_a_peft_file_is_seen_or_harmless(damage, good, here, request):
     assert harmless < 9 * len(json.dumps(header["__metadata__"]))  # only metadata says nothing that is used
 
 
-@pytest.fixture(scope="module")
-def fuzzed(good, tmp_path_factory):
-    """(path, the good file's bytes, the arrays that it holds)."""
-    path = tmp_path_factory.mktemp("fuzz") / "file"
-    shutil.copy(good("adapter") / "file", path)
-    return path, path.read_bytes(), arrays_of(load_adapter(path, base()))
+def try_many(request, path, spoil, **values):
+    """Spoil the adapter by ``spoil(**values)``, values by chance: it is refused, or loads as before."""
+    adapter, whole = arrays_of(load_adapter(path, base())), path.read_bytes()
 
+    def check(**drawn):
+        path.write_bytes(whole)
+        spoil(**drawn)
+        try:
+            found = arrays_of(load_adapter(path, base()))
+        except AdapterFormatError as error:
+            assert_well_said(error, [path])
+        else:
+            assert found == adapter
 
-def assert_refused_or_the_same(path, adapter):
-    try:
-        found = arrays_of(load_adapter(path, base()))
-    except AdapterFormatError as error:
-        assert_well_said(error, [path])
-    else:
-        assert found == adapter
-
-
-def by_chance(**values):
-    """Draw the arguments of a test: 15 times, or 1,000 times with ``--nightly``."""
-    nightly = "--nightly" in sys.argv
-    fixed = settings(max_examples=1000 if nightly else 15, deadline=None, derandomize=True, database=None)
-    return lambda test: fixed(given(**values)(test))
+    examples = 1000 if request.config.getoption("--nightly") else 15
+    settings(max_examples=examples, deadline=None, derandomize=True, database=None)(given(**values)(check))()
 
 
 EDITS = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 12), st.binary(max_size=12)), min_size=1, max_size=4)
 
 
-@by_chance(edits=EDITS)
-def test_a_file_with_bytes_changed_by_chance_is_refused_or_the_same_adapter(fuzzed, edits):
-    path, data, adapter = fuzzed
-    for at, removed, inserted in edits:
-        at %= len(data) + 1
-        data = data[:at] + inserted + data[at + removed :]
-    path.write_bytes(data)
-    assert_refused_or_the_same(path, adapter)
+def test_a_file_with_bytes_changed_by_chance_is_refused_or_the_same_adapter(good, here, request):
+    shutil.copytree(good("adapter"), here)
+
+    def edit(edits):
+        data = (here / "file").read_bytes()
+        for at, removed, inserted in edits:
+            at %= len(data) + 1
+            data = data[:at] + inserted + data[at + removed :]
+        (here / "file").write_bytes(data)
+
+    try_many(request, here / "file", edit, edits=EDITS)
 
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -263,9 +260,10 @@ PLACES = {
 }
 
 
-@by_chance(where=st.sampled_from(sorted(PLACES)), value=VALUES)
-def test_a_value_by_chance_is_refused_or_the_same_adapter(fuzzed, where, value):
-    path, data, adapter = fuzzed
-    path.write_bytes(data)
-    PLACES[where](value)(path)
-    assert_refused_or_the_same(path, adapter)
+def test_a_value_by_chance_is_refused_or_the_same_adapter(good, here, request):
+    shutil.copytree(good("adapter"), here)
+
+    def put(where, value):
+        PLACES[where](value)(here / "file")
+
+    try_many(request, here / "file", put, where=st.sampled_from(sorted(PLACES)), value=VALUES)
