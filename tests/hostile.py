@@ -26,8 +26,9 @@ from minilora.files.tensorfile import DIGEST, tensor_bytes
 from minilora.gpt import GPT, GPTConfig
 from minilora.lab import finetune
 from minilora.surgery import adapt
-from minilora.training.loop import History, train
+from minilora.training.loop import History
 from minilora.training.optim import AdamW
+from minilora.training.trainer import train
 
 TINY = GPTConfig(vocab_size=11, n_positions=2, n_embd=8, n_layer=1, n_head=2)
 IDS = np.random.default_rng(0).integers(0, 11, (2, 2))
