@@ -496,7 +496,8 @@ def run_cases():
         ("steps", "4"), ("steps", -1), ("options", []), ("options", {"name": "dora"}),
         ("options", {"r": -1, "alpha": 1.0}), ("method", "../lora"), ("lr", "0.1"), (CLEAR, 1), ("run", "touch killed"),
     ]:  # fmt: skip
-        yield f"settings {key!a:.20} {value!r}", setting(**{key: value}), "setting|option|steps|at least|method", None
+        rule = rf"\b{re.escape(key)}\b|setting|option|at least"
+        yield f"settings {key!a:.20} {value!r}", setting(**{key: value}), rule, None
 
 
 def model_cases():
