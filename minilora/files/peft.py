@@ -1,8 +1,8 @@
 """Adapters that travel: the files of Hugging Face PEFT, written from a model here and read into one.
 
-A layout says which of our layers make up a module of theirs, one or three. What PEFT calls a method, its
-hyper-parameters and its arrays, the method's own file says, so that no method has code here. A file is data that is
-checked: nothing it says is imported or run.
+A layout says which of our layers make up one of PEFT's modules, one or three. The method's own file says what PEFT
+calls the method, its hyper-parameters and its arrays, so no method has code here. A file that is read is data: all of
+it is checked, and nothing in it is imported or run.
 """
 
 import hashlib
@@ -99,7 +99,7 @@ def check_request(model, form, names) -> None:
     if not adapted_layers(model):
         raise InputError("save_peft: this model has no adapter; call adapt() first; save_gpt2() saves a base model")
     if names == "gpt2" and not isinstance(model, GPT):
-        raise InputError('save_peft: names="gpt2" are those of a GPT; use names="minilora" for another model')
+        raise InputError('save_peft: names="gpt2" needs a GPT; use names="minilora" for this model')
     if form == "merged" and names != "gpt2":
         raise InputError('save_peft: form="merged" is a model for transformers; leave names at "gpt2"')
 
@@ -224,10 +224,10 @@ def short_names(chosen, among) -> list[str]:
 def load_peft(folder, model):
     """Put the adapter of a folder that PEFT wrote into ``model``, the base model that it was trained on; returns it.
 
-    The kinds of adapter are those of the methods whose files say so. Names are those of GPT2LMHeadModel, of GPT2Model
-    or of minilora. A layer that PEFT has in one with others gets its own rows of the arrays, and a copy of the rest.
-    Raises AdapterFormatError, with the model as it was, for a configuration that cannot be honoured in full, or
-    tensors that are not exactly its own.
+    A file is read as the method whose class says so (``from_peft``). The modules may have the names of GPT2LMHeadModel,
+    of GPT2Model or of minilora. If several layers are one module in PEFT, each gets its own rows of the arrays, and a
+    copy of those without rows. Raises AdapterFormatError, with the model as it was, for a configuration that cannot be
+    honoured in full, or tensors that are not exactly those of the configuration.
     """
     folder = Path(folder)
     text = read_bytes(folder / CONFIG, CONFIG_BYTES, "the adapter_config.json of PEFT", AdapterFormatError)
@@ -236,7 +236,7 @@ def load_peft(folder, model):
     file = open_tensors(folder)
     digest = hashlib.sha256(text).hexdigest()
     if file.metadata.get(CONFIG_DIGEST, digest) != digest:
-        file.fail(f"was written with another {CONFIG} than the one beside it; one of the two was replaced")
+        file.fail(f"was written with a different {CONFIG} than the one next to it; one of the two was replaced")
     kind, scaled = kind_of(folder / CONFIG, config, known[config["peft_type"]])
     layout, weights = targeted_layout(file, kind, config, model), base_weights(model)
     sizes, parts = module_sizes(layout, weights), shared_rows(kind, layout, weights)
@@ -264,7 +264,7 @@ def open_tensors(folder: Path) -> TensorFile:
     if (folder / PICKLE).exists() and not (folder / TENSORS).exists():
         raise AdapterFormatError(
             folder / PICKLE,
-            "is a pickle, which can run any code when it is read; load it with PEFT, where you trust it, and "
+            "is a pickle, which can run any code when it is read; if you trust it, load it with PEFT, whose "
             f"save_pretrained() writes {TENSORS}",
         )
     return TensorFile(folder / TENSORS, "the adapter_model.safetensors of PEFT", AdapterFormatError)
@@ -336,7 +336,7 @@ def shared_rows(kind, layout, weights) -> dict:
 
 
 def expected(file: TensorFile, methods: dict, sizes: dict, shared: bool) -> dict:
-    """What the file must hold: {PEFT's name: shape}. Raises if it leaves more to its key than a file is worth."""
+    """The tensors that the file must hold: {PEFT's name: shape}. Raises if it leaves too many numbers to its key."""
     method = next(iter(methods.values()))
     kind, widest = type(method), tuple(map(max, zip(*sizes.values(), strict=True)))
     found = {

@@ -609,7 +609,7 @@ BAD = [  # (what is spoilt, what the error says)
     (gone(peft.CONFIG), "no such file; the adapter_config"),
     (gone(peft.TENSORS), "no such file; the adapter_model"),
     (only_a_pickle, r"is a pickle.*save_pretrained\(\) writes adapter_model.safetensors"),
-    (a_pair_of_two, "written with another adapter_config.json than the one beside it"),
+    (a_pair_of_two, "written with a different adapter_config.json than the one next to it"),
     (of_another_model, r'no tensor is named after .*; expected names such as "base_model\.model\.transformer\.h'),
     (text(b"{"), "the configuration is not JSON"),
     (text(b"[]"), "the configuration is not a map"),

@@ -226,7 +226,7 @@ def test_killed_at_random_moments_the_newest_checkpoint_is_always_good(inputs, u
                 file, _ = open_training(folder / finetune.CHECKPOINT)
                 assert 1 <= steps_taken(file) <= STEPS and file.read()
         assert_same(undisturbed(name), state_of(folder))
-        assert sorted(p.name for p in folder.iterdir()) == sorted(
+        assert sorted(p.name for p in folder.iterdir() if p.suffix != ".minilora") == sorted(
             [finetune.ADAPTER, finetune.CHECKPOINT, finetune.HISTORY]
         )
     print(f"{in_saves} killed in a save, {others} at other moments, {resumed} resumed")
