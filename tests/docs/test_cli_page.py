@@ -12,7 +12,7 @@ MARKS = [mark.split() for mark in re.findall(r"<!-- minilora (.*) -->", PAGE)]
 
 
 def test_every_command_has_its_help_below_its_heading():
-    (commands,) = (action.choices for action in build_parser([])._actions if action.choices)
+    (commands,) = (action.choices for action in build_parser()._actions if action.choices)
     sections = pages.sections(PAGE, 3)
     assert sorted(sections) == sorted(commands)
     for command, text in sections.items():
