@@ -409,11 +409,10 @@ def adapted_step(method, batch, recompute=False):
     """The shipped model with ``method``, and a batch (ids, targets) of the Folio."""
     from .data import CharTokenizer, fixed_batches, load_corpus
     from .files.base import pretrained
-    from .gpt import RECOMPUTED
     from .surgery import adapt
 
     adapter = methods.create(method)
-    model = pretrained().recompute(*(RECOMPUTED if recompute else ()))
+    model = pretrained().recompute(recompute)
     ids = CharTokenizer().encode(load_corpus("folio").val)
     return adapt(model, adapter, verbose=False), *fixed_batches(ids, batch, model.config.n_positions)[0]
 
@@ -421,7 +420,7 @@ def adapted_step(method, batch, recompute=False):
 def ledger_flags(p):
     p.add_argument("methods", nargs="+", metavar="METHOD", help="methods to audit, on the shipped model")
     p.add_argument("--batch", type=int, default=8, help="sequences of the full context")
-    help = "activation checkpointing: recompute each transformer block in backward"
+    help = "activation checkpointing: save each block's input alone, and compute the rest again in backward"
     p.add_argument("--recompute", action="store_true", help=help)
     json_flag(p)
 

@@ -20,10 +20,10 @@ from ..errors import AdapterFormatError, InputError, Interrupted, TrainingStoppe
 from ..files.base import fingerprint, load_base
 from ..files.checkpoint import load_training, open_training, save_adapter, save_training, steps_taken
 from ..files.saving import writable_folder, write_atomically
-from ..gpt import RECOMPUTED
 from ..surgery import adapt, plan
-from ..training.loop import History, evaluate, train
+from ..training.loop import History
 from ..training.optim import AdamW
+from ..training.trainer import evaluate, train
 from .settings import Settings, as_text
 from .task import PROMPT, learning_rate, side_by_side, write_sample
 
@@ -83,7 +83,7 @@ def run(settings: Settings, folder: Path, file, overwrite, progress, report):
     model = load_base(settings.base, tokenizer.vocab_size)
     plan(model, method, settings.targets)
     mark = fingerprint(model)
-    model.recompute(*(RECOMPUTED if settings.recompute else ()))
+    model.recompute(settings.recompute)
     model.to(settings.device)
     context, rng, history = model.config.n_positions, np.random.default_rng(settings.seed), History()
     batches = random_batches(tokenizer.encode(corpus.train), settings.batch, context, rng)
@@ -107,24 +107,25 @@ def run(settings: Settings, folder: Path, file, overwrite, progress, report):
     def save():
         save_training(folder / CHECKPOINT, model, mark, optimizer, history, rng, asdict(settings))
 
+    options = {"warmup": settings.warmup, "micro_batches": settings.micro_batches, "workers": settings.workers}
     with stop_signals() as signals:
+        checkpoints = Checkpoints(folder, settings, save, signals, len(history.loss))
         try:
-            train(
-                model, optimizer, batches, settings.steps, settings.warmup, label=method.name, progress=progress,
-                callback=Checkpoints(folder, settings, save, signals, len(history.loss)),
-                micro_batches=settings.micro_batches, workers=settings.workers, history=history,
-            )  # fmt: skip
+            train(model, optimizer, batches, settings.steps, [checkpoints], history,
+                  label=method.name, progress=progress, **options)  # fmt: skip
         except TrainingStopped as stop:
             save_adapter(folder / ADAPTER, model, mark)
             (folder / CHECKPOINT).unlink(missing_ok=True)  # from there, the same would happen again
             raise TrainingStopped(f"{stop}; saved in {folder / ADAPTER}") from None
     save_adapter(folder / ADAPTER, model, mark)
     after = evaluate(model, held_out)
-    record = {"loss": history.loss, "lr": history.lr, "grad_norm": history.grad_norm, "seconds": history.seconds,
-              "held_out_before": before, "held_out_after": after}  # fmt: skip
+    record = {name: getattr(history, name) for name in ("loss", "lr", "grad_norm", "seconds")}
+    record |= {"held_out_before": before, "held_out_after": after}
     write_atomically(folder / HISTORY, json.dumps(record).encode())
-    report(f"Held-out loss {before:.3f} → {after:.3f} nats per character, {settings.steps} steps, "
-           f"{history.seconds_per_step * 1e3:.0f} ms each.\n")  # fmt: skip
+    report(
+        f"Held-out loss {before:.3f} → {after:.3f} nats per character, {settings.steps} steps, "
+        f"{history.seconds_per_step * 1e3:.0f} ms each.\n"
+    )
     report(side_by_side("before", sample, "after", write_sample(model, tokenizer, settings.seed, prompt)))
     report(f"\nWritten: {folder / ADAPTER}; try: minilora generate --adapter {folder}")
     return model
@@ -132,10 +133,10 @@ def run(settings: Settings, folder: Path, file, overwrite, progress, report):
 
 @dataclass
 class Checkpoints:
-    """train()'s callback: saves each ``settings.every`` steps, at the last, and where one of ``signals`` asks to stop.
+    """A callback of train(): saves each ``settings.every`` steps, at the last, and if one of ``signals`` asks to stop.
 
-    ``saved``: the step of the checkpoint in ``folder``, 0 where there is none. Raises Interrupted after a signal, and
-    InputError where the disk does not take it, naming the checkpoint that is good.
+    ``saved``: the step of the checkpoint in ``folder``, 0 if there is none. Raises Interrupted after a signal, and
+    InputError if the disk does not take it, naming the checkpoint that is good.
     """
 
     folder: Path
@@ -183,7 +184,7 @@ def sha256(corpus) -> str:
 
 
 def check_unfinished(folder: Path) -> None:
-    """Raise InputError where a run in ``folder`` could still go on: its checkpoint would be lost."""
+    """Raise InputError if a run in ``folder`` could still resume: its checkpoint would be lost."""
     if not (folder / CHECKPOINT).exists():
         return
     try:
@@ -204,17 +205,17 @@ def go_on(folder) -> str:
 
 @contextmanager
 def stop_signals():
-    """A list that gets the number of SIGINT (Ctrl-C) or SIGTERM; the same signal once more does what it always does."""
+    """A list that receives the number of SIGINT (Ctrl-C) or SIGTERM; the same signal a second time does what it always does."""
     got, previous = [], {}
 
     def note(signum, frame):
         got.append(signum)
         signal.signal(signum, previous[signum])
-        print("\nminilora: stopping after this step; once more stops at once", file=sys.stderr)
+        print("\nminilora: stopping after this step; the same again stops at once", file=sys.stderr)
 
     if threading.current_thread() is threading.main_thread():  # no other may set handlers
         for signum in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(signum) is not signal.SIG_IGN:  # as for a job in the background, or under nohup
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # as in a background job, or under nohup
                 previous[signum] = signal.getsignal(signum) or signal.SIG_DFL
                 signal.signal(signum, note)
     try:

@@ -20,6 +20,7 @@ from ..training.optim import check_positive
 
 BASE = "a model file from pretrain, or a folder of transformers' GPT-2; the shipped model by default"
 TARGETS = 'layers to adapt: "all-linear", or names such as q,v'
+RECOMPUTE = "activation checkpointing: save each block's input alone, and compute the rest again in backward"
 WORKERS = "data-parallel processes, one core each; by default as many as there are cores, at most 4, and 1 without fork"
 
 
@@ -138,7 +139,7 @@ class Settings(Training):
     weight_decay: float = setting(0.0, "decoupled, on matrices", at_least_zero)
     clip: float | None = setting(1.0, "largest norm of the gradient", above_zero)
     micro_batches: int = setting(1, "gradient accumulation: take each batch in K parts", above_zero, metavar="K")
-    recompute: bool = setting(False, "activation checkpointing: recompute each transformer block in backward")
+    recompute: bool = setting(False, RECOMPUTE)
     every: int = setting(25, "steps between two checkpoints", above_zero, flag="--checkpoint-every", metavar="N")
     text_sha256: str | None = setting(None)
     blas_threads: int | None = setting(None, check=above_zero)

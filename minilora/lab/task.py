@@ -10,8 +10,8 @@ from ..backend import device_module
 from ..data import CharTokenizer, fixed_batches, load_corpus, random_batches, split_text
 from ..files.base import load_base
 from ..surgery import adapt
-from ..training.loop import evaluate, train
 from ..training.optim import AdamW
+from ..training.trainer import evaluate, train
 
 PROMPT = "Enter Macbeth and his Lady.\n\n"
 SAMPLE_TOKENS = 320
@@ -70,15 +70,12 @@ def tune(task: Task, method, steps, lr, batch, seed, progress=None, workers=1):
     optimizer = AdamW(model.trainable(), lr, clip=1.0)
     curve, every = [(0, evaluate(model, task.glance_b))], max(1, steps // 10)
 
-    def callback(step, history):
+    def glance(step, history):
         if (step + 1) % every == 0 or step + 1 == steps:
             curve.append((step + 1, evaluate(model, task.glance_b)))
 
-    warmup = min(20, steps // 5)
-    history = train(
-        model, optimizer, batches, steps, warmup, callback=callback, label=method.name, progress=progress,
-        workers=workers,
-    )  # fmt: skip
+    options = {"warmup": min(20, steps // 5), "workers": workers, "progress": progress, "label": method.name}
+    history = train(model, optimizer, batches, steps, [glance], **options)
     return model, history, curve
 
 
