@@ -205,7 +205,7 @@ def go_on(folder) -> str:
 
 @contextmanager
 def stop_signals():
-    """A list that receives the number of SIGINT (Ctrl-C) or SIGTERM; the same signal a second time does what it always does."""
+    """A list that receives the number of SIGINT (Ctrl-C) or SIGTERM; a second one does what it always does."""
     got, previous = [], {}
 
     def note(signum, frame):
