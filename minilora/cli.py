@@ -11,7 +11,7 @@ import inspect
 import json
 import sys
 from types import NoneType, UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import Union, get_args, get_origin, get_type_hints
 
 from . import methods
 from .errors import InputError, Interrupted, TrainingStopped
@@ -109,12 +109,12 @@ def add_flags(parser, kind, otherwise=None):
 
 def argument(kind) -> dict:
     """What argparse needs for a value of the type ``kind``, such as int, bool, float | None or list[int]."""
-    if isinstance(kind, UnionType):
+    if get_origin(kind) in (Union, UnionType):
         kind = next(one for one in get_args(kind) if one is not NoneType)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if get_origin(kind) is list:
-        return {"nargs": "+", "type": get_args(kind)[0]}
+    if (get_origin(kind) or kind) in (list, tuple):
+        return {"nargs": "+", "type": [*get_args(kind), str][0]}
     return {"type": kind}
 
 

@@ -142,11 +142,12 @@ def test_a_method_s_options_may_be_of_any_type_and_have_a_help_text(monkeypatch,
         bias: bool = dataclasses.field(default=False, metadata={"help": "train the bias too"})
         merged: bool = True
         kind: str = "gaussian"
-        ranks: list[int] | None = None
+        ranks: "list[int] | None" = None
+        modes: tuple[str, ...] = ()
 
     monkeypatch.setattr(methods, "get", lambda name: Fancy)
-    args = parsed("train lora --bias --no-merged --kind zero --ranks 1 2")
-    assert (args.bias, args.merged, args.kind, args.ranks) == (True, False, "zero", [1, 2])
+    args = parsed("train lora --bias --no-merged --kind zero --ranks 1 2 --modes a b")
+    assert (args.bias, args.merged, args.kind, args.ranks, args.modes) == (True, False, "zero", [1, 2], ["a", "b"])
     with pytest.raises(SystemExit):
         parsed("train lora --help")
     assert "train the bias too" in capsys.readouterr().out
