@@ -126,6 +126,23 @@ def test_micro_batches_and_recomputing_end_as_if_it_had_not_been(inputs, undistu
     assert_same(undisturbed("lora", **options), state_of(tmp_path))
 
 
+OTHER = {
+    "steps": 6, "lr": 0.01, "batch": 3, "warmup": 0, "weight_decay": 0.5, "clip": 0.01, "seed": 1, "targets": ["q"],
+    "micro_batches": 2, "recompute": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), OTHER.items(), ids=OTHER)
+def test_each_setting_changes_the_run(name, value, inputs, undisturbed, tmp_path):
+    """The last two only change how many bytes are saved for backward, which the checkpoint counts."""
+    start("lora", inputs, tmp_path, **{name: value})
+    usual, other = dict(undisturbed("lora")), state_of(tmp_path)
+    for state in (usual, other):
+        del state[f"{finetune.CHECKPOINT} settings"]
+    with pytest.raises(AssertionError):
+        assert_same(usual, other)
+
+
 def test_a_run_of_two_workers(inputs, undisturbed, tmp_path):
     resumed("delta_lora", inputs, tmp_path, workers=2)
     assert_same(undisturbed("delta_lora", workers=2), state_of(tmp_path))
