@@ -258,7 +258,7 @@ def test_a_signal_stops_between_two_steps_saves_and_says_how_to_go_on(inputs, tm
         _, error = process.communicate(timeout=60)
     assert process.returncode == code
     steps = steps_taken(open_training(run / finetune.CHECKPOINT)[0])
-    assert f"stopped and saved after step {steps} of 1000000; to go on: minilora train --resume {run}\n" in error
+    assert f"stopped and saved after step {steps} of 1000000; to resume: minilora train --resume {run}\n" in error
     assert "Traceback" not in error
 
 
@@ -276,7 +276,7 @@ def test_a_signal_within_a_step_lets_the_step_finish(inputs, undisturbed, tmp_pa
 
     monkeypatch.setattr(finetune, "train", training)
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match=r"stopped and saved after step 3 of 7; to go on: minilora train --resume"):
+    with pytest.raises(Interrupted, match=r"stopped and saved after step 3 of 7; to resume: minilora train --resume"):
         start("dora", inputs, tmp_path, every=100)
     assert signal.getsignal(signal.SIGINT) is handler
     monkeypatch.undo()
@@ -320,7 +320,7 @@ def test_an_unfinished_run_is_not_written_over(inputs, tmp_path):
     with stopped_after(3):
         start("lora", inputs, tmp_path)
     before = (tmp_path / finetune.CHECKPOINT).read_bytes()
-    with pytest.raises(InputError, match=r'holds an unfinished run \("lora", step 3 of 7\): go on with minilora train'):
+    with pytest.raises(InputError, match=r'holds an unfinished run \("lora", step 3 of 7\): resume it with minilora train'):
         start("vera", inputs, tmp_path)
     assert (tmp_path / finetune.CHECKPOINT).read_bytes() == before
     start("vera", inputs, tmp_path, overwrite=True)
@@ -394,7 +394,7 @@ def test_resume_on_the_command_line(inputs, undisturbed, tmp_path, capsys):
     with stopped_after(5):
         start("lora_plus", inputs, tmp_path)
     assert main(["train", "--resume", str(tmp_path)]) == 0
-    assert "lora_plus: going on after step 5 of 7" in capsys.readouterr().out
+    assert "lora_plus: resuming after step 5 of 7" in capsys.readouterr().out
     assert_same(undisturbed("lora_plus"), state_of(tmp_path))
 
 

@@ -296,18 +296,29 @@ def test_a_graph_that_is_too_large_or_is_none_is_refused():
 # -------------------------------------------------------------------------------- minilora compare
 
 
-@pytest.mark.parametrize("names", [(), ("dora", "dora_detached"), ("lora",)], ids=len)
-def test_the_comparison_of_any_number_of_methods_can_be_read(names):
-    figure = figures.comparison(compared(*names))
+def three_times():
+    """A comparison of three times as many methods."""
+    names = {f"{row['method']}{i}": row["method"] for i in ("", "_2", "_3") for row in COMPARED["rows"]}
+    rows = {row["method"]: row for row in COMPARED["rows"]}
+    curves = {name: COMPARED["curves"][of] for name, of in names.items()}
+    return COMPARED | {"rows": [rows[of] | {"method": name} for name, of in names.items()], "curves": curves}
+
+
+@pytest.mark.parametrize(
+    "result", [compared("lora"), compared("dora", "dora_detached"), three_times()], ids=["1", "2", "36"]
+)
+def test_the_comparison_of_any_number_of_methods_can_be_read(result):
+    figure = figures.comparison(result)
     assert colliding(figure) == []
-    assert set(names or methods.names()) <= set(words(figure).split("\n"))
+    assert {row["method"] for row in result["rows"]} <= set(words(figure).split("\n"))
 
 
 def test_each_method_of_a_comparison_has_a_look_of_its_own_and_the_legend_shows_it():
-    figure = figures.comparison(compared())
+    result = three_times()
+    figure = figures.comparison(result)
     curves, trade = figure.axes[:2]
     looks = {line.get_label(): (line.get_color(), line.get_linestyle(), line.get_marker()) for line in curves.lines}
-    assert list(looks) == methods.names() and len(set(looks.values())) == len({m for *_, m in looks.values()}) == 12
+    assert list(looks) == list(result["curves"]) and len(set(looks.values())) == len(looks)
     (legend,) = [legend for part in figure.subfigs for legend in part.legends]
     shown = {t.get_text(): (h.get_color(), h.get_linestyle(), h.get_marker())
              for t, h in zip(legend.get_texts(), legend.get_lines(), strict=True)}  # fmt: skip
