@@ -296,15 +296,15 @@ def test_a_graph_that_is_too_large_or_is_none_is_refused():
 # -------------------------------------------------------------------------------- minilora compare
 
 
-def three_times():
-    """A comparison of three times as many methods."""
-    names = {f"{row['method']}{i}": row["method"] for i in ("", "_2", "_3") for row in COMPARED["rows"]}
-    rows = {row["method"]: row for row in COMPARED["rows"]}
-    curves = {name: COMPARED["curves"][of] for name, of in names.items()}
-    return COMPARED | {"rows": [rows[of] | {"method": name} for name, of in names.items()], "curves": curves}
+def many(count):
+    """What a comparison of ``count`` methods might record: the recorded rows, again and again."""
+    recorded = COMPARED["rows"]
+    rows = [recorded[i % len(recorded)] | {"method": f"method_{i}_of_{count}"} for i in range(count)]
+    curves = {row["method"]: COMPARED["curves"][recorded[i % len(recorded)]["method"]] for i, row in enumerate(rows)}
+    return COMPARED | {"rows": rows, "curves": curves}
 
 
-COMPARISONS = {"1": compared("lora"), "2": compared("dora", "dora_detached"), "36": three_times()}
+COMPARISONS = {"1": compared("lora"), "2": compared("dora", "dora_detached"), "36": many(36)}
 
 
 @pytest.mark.parametrize("result", COMPARISONS.values(), ids=COMPARISONS)
@@ -315,7 +315,7 @@ def test_the_comparison_of_any_number_of_methods_can_be_read(result):
 
 
 def test_each_method_of_a_comparison_has_a_look_of_its_own_and_the_legend_shows_it():
-    result = three_times()
+    result = many(36)
     figure = figures.comparison(result)
     curves, trade = figure.axes[:2]
     looks = {line.get_label(): (line.get_color(), line.get_linestyle(), line.get_marker()) for line in curves.lines}
