@@ -320,7 +320,9 @@ def test_an_unfinished_run_is_not_written_over(inputs, tmp_path):
     with stopped_after(3):
         start("lora", inputs, tmp_path)
     before = (tmp_path / finetune.CHECKPOINT).read_bytes()
-    with pytest.raises(InputError, match=r'holds an unfinished run \("lora", step 3 of 7\): resume it with minilora train'):
+    with pytest.raises(
+        InputError, match=r'holds an unfinished run \("lora", step 3 of 7\): resume it with minilora train'
+    ):
         start("vera", inputs, tmp_path)
     assert (tmp_path / finetune.CHECKPOINT).read_bytes() == before
     start("vera", inputs, tmp_path, overwrite=True)
