@@ -10,8 +10,8 @@ some three minutes. ``--workers 2`` times minilora.train(workers=2); ``--sizes``
 Each checkout has a process of its own with its folder on PYTHONPATH. A step is forward, backward, clipping, AdamW and
 after_step, as minilora.train() takes it and its history.seconds times it. The processes take turns, in alternating
 order, so that a slow moment of the machine falls on both. Below 1, AFTER is faster: the ratio is AFTER / BEFORE of the
-median step times, followed by the quartiles of that ratio over the rounds. The peak is the most memory that a process
-has had resident. The run stops unless the losses of the first steps agree to 1e-4 nats per token.
+median step times, then the quartiles of that ratio over the rounds, then the ratio of processor time, which a busy
+machine changes less. MB is the most memory that a process has had resident. The run stops unless the losses of the first steps agree to 1e-4 nats per token.
 """
 
 import argparse
@@ -70,18 +70,21 @@ def compare(size, method, args):
             imported = side.ask("build", size=size, method=method, workers=args.workers)
             if imported != str(folder):
                 raise Failure(f"{label}: minilora was imported from {imported} and not from {folder}")
-            losses[label] = [loss for loss, _ in side.ask("train", n=CHECKED)]
+            losses[label] = side.ask("train", n=CHECKED)["loss"]
             sides[label] = side
         apart = max(abs(a - b) for a, b in zip(losses["before"], losses["after"], strict=True))
         if not apart <= TOLERANCE:  # a NaN is not an agreement
             raise Failure(f"{size}, {method}: the losses are {apart:.1e} apart: {losses}")
-        turns = {"before": [], "after": []}
+        turns, own = {"before": [], "after": []}, {"before": [], "after": []}
         for i in range(rounds):
             for label in ("before", "after") if i % 2 == 0 else ("after", "before"):
                 time.sleep(PAUSE)
-                turns[label].append([ms for _, ms in sides[label].ask("train", n=warm + steps)[warm:]])
+                seen = sides[label].ask("train", n=warm + steps)
+                turns[label].append(seen["ms"][warm:])
+                own[label].append(seen["own_ms"])
         peaks = {label: side.ask("peak") for label, side in sides.items()}
-    return {"size": size, "method": method, "workers": args.workers, "ms": turns, "peak_mb": peaks, "losses": losses}
+    row = {"size": size, "method": method, "workers": args.workers, "ms": turns, "own_ms": own}
+    return row | {"peak_mb": peaks, "losses": losses}
 
 
 def line(row):
@@ -93,6 +96,8 @@ def line(row):
     spread = " … ".join(f"{q:.3f}" for q in quartiles)
     cells = [row["size"], row["method"], row["workers"], *(f"{ms:.2f}" for ms in middle)]
     cells += [f"**{middle[1] / middle[0]:.3f}**", spread]
+    own = [statistics.median(row["own_ms"][label]) for label in ("before", "after")]
+    cells.append("–" if row["workers"] > 1 else f"{own[1] / own[0]:.3f}")
     peaks = row["peak_mb"]["before"], row["peak_mb"]["after"]
     if None not in peaks:
         cells += [*(f"{mb:.0f}" for mb in peaks), f"{peaks[1] / peaks[0]:.3f}"]
@@ -101,8 +106,8 @@ def line(row):
 
 def run(args):
     begin, rows = time.perf_counter(), []
-    print("| size | method | workers | before, ms | after, ms | after / before | quartiles | MB | MB | ratio |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |", flush=True)
+    print("| size | method | workers | before, ms | after, ms | after / before | quartiles | CPU | MB | MB | ratio |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |", flush=True)
     for size, method in plan(args):
         rows.append(compare(size, method, args))
         print(line(rows[-1]), flush=True)
