@@ -11,7 +11,8 @@ Each checkout has a process of its own with its folder on PYTHONPATH. A step is 
 after_step, as minilora.train() takes it and its history.seconds times it. The processes take turns, in alternating
 order, so that a slow moment of the machine falls on both. Below 1, AFTER is faster: the ratio is AFTER / BEFORE of the
 median step times, then the quartiles of that ratio over the rounds, then the ratio of processor time, which a busy
-machine changes less. MB is the most memory that a process has had resident. The run stops unless the losses of the first steps agree to 1e-4 nats per token.
+machine changes less. MB is the most memory that a process has had resident. The run stops unless the losses of the
+first steps agree to 1e-4 nats per token.
 """
 
 import argparse
