@@ -257,7 +257,7 @@ def machine(args):
             if card["reason"]:
                 raise Failure(f"no GPU: {card['reason']} (--sides numpy needs none)")
             facts["GPU"] = card["devices"][0]["name"]
-            facts |= {"driver": card["driver"] or "not known", "its CUDA": card["driver_cuda"]}
+            facts["the driver's CUDA"] = card["driver_cuda"]
             facts |= {"CuPy": card["cupy"], "CuPy's CUDA": card["runtime"]}
         facts |= side.ask("facts")
         print(f"minilora is {facts.pop('minilora is')}", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""Puts the recorded figures into docs/speed.md, docs/memory.md and README.md: ``python benchmarks/speed_page.py``.
+"""Puts the recorded figures into the pages that show them: ``python benchmarks/speed_page.py``.
 
-What stands between two marks there is made from the recorded JSON files, and a test holds it so.
+The text between two marks there is made from the recorded JSON files, and a test keeps it so.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The tables of docs/speed.md and README.md are the recorded ones, and the record of the comparison is whole."""
+"""The tables of speed and memory are the recorded ones, and the record of the comparison is whole."""
 
 import importlib
 from pathlib import Path
@@ -16,7 +16,7 @@ def page():
         yield importlib.import_module("speed_page")
 
 
-@pytest.mark.parametrize("name", ["docs/speed.md", "README.md"])
+@pytest.mark.parametrize("name", ["docs/speed.md", "docs/memory.md", "README.md"])
 def test_the_tables_are_the_recorded_ones(page, name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert page.filled(text, page.parts()[name]) == text, "run python benchmarks/speed_page.py"
