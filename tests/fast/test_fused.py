@@ -137,7 +137,7 @@ def test_it_does_so_for_every_choice_of_gradients(name):
 @pytest.mark.parametrize("name", EXTREME)
 def test_extreme_values(name):
     agree(EXTREME[name], np.float64, 1e-10)
-    for array in run(fused_pair(EXTREME[name)[0]], EXTREME[name], np.float32, standin_cupy.device):
+    for array in run(fused_pair(EXTREME[name][0]), EXTREME[name], np.float32, standin_cupy.device):
         assert np.isfinite(array._host).all()
 
 
@@ -163,7 +163,9 @@ def test_layer_norm_of_a_shifted_row_loses_nothing():
     x, one, zero = (normal(4, 64) + 1e4).astype(np.float32), np.ones(64), np.zeros(64)
     exact = x.astype(np.float64)
     exact = (exact - exact.mean(1, keepdims=True)) / np.sqrt(exact.var(1, keepdims=True) + 1e-5)
-    y, *_ = run(fused_pair("layer_norm"), ("layer_norm", {"x": x, "g": one, "b": zero}, {}), np.float32, standin_cupy.device)
+    y, *_ = run(
+        fused_pair("layer_norm"), ("layer_norm", {"x": x, "g": one, "b": zero}, {}), np.float32, standin_cupy.device
+    )
     np.testing.assert_allclose(y._host, exact, atol=3e-3)  # an entry of 1e4 is itself rounded to 1e-3
 
 

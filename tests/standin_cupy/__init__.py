@@ -44,6 +44,7 @@ FUNCTIONS = {
     **dict.fromkeys(("broadcast_to", "tile", "where"), ""),
     "arange": "dtype",
     "tril": "k",
+    "triu": "k",
     "einsum": "",
     "matmul": "out dtype casting order",
 }
