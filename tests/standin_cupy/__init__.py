@@ -21,7 +21,7 @@ IMPLICIT = (
 )
 
 waits = []  # the file of minilora/ that waited for the device, once for each time
-launches = 0  # how many computations on device arrays the library asked for
+launches = []  # what the library asked for on device arrays: a name, or "" for an operator
 
 # Names and, where they are functions, the keywords that the library may use. tests/gpu/test_standin.py holds them
 # against CuPy's.
@@ -112,30 +112,33 @@ def hosts(value, library):
     return {k: hosts(v, library) for k, v in value.items()} if type(value) is dict else value
 
 
-def wrap(host, parents=()):
+def wrap(host, parents=(), name=""):
     """A result on the device. A view of one of the arrays ``parents`` names the owner of its memory as its base."""
-    global launches
     host = np.asarray(host)
     for parent in parents:
         if isinstance(parent, ndarray) and host is parent._host:
             return parent
         if isinstance(parent, ndarray) and host.size and np.may_share_memory(host, parent._host):
             return ndarray(host, parent if parent._base is None else parent._base)
-    launches += strict()
+    note(name, strict())
     return ndarray(host)
+
+
+def note(name, library):
+    if library:
+        launches.append(name)
 
 
 def call(compute, name, keywords, parents, *args, **options):
     """A function of NumPy on device arrays, with the ``keywords`` that CuPy's has too."""
-    global launches
     library = strict()
     if library and (unknown := options.keys() - keywords.split()):
         raise TypeError(f"{name}() got an unexpected keyword argument '{unknown.pop()}'")
     result = compute(*hosts(args, library), **hosts(options, library))
     if "out" in options:
-        launches += library
+        note(name, library)
         return options["out"]
-    return None if result is None else wrap(result, (*parents, *args))
+    return None if result is None else wrap(result, (*parents, *args), name)
 
 
 # ------------------------------------------------------------------------------------------------ the array
@@ -207,9 +210,8 @@ class ndarray:  # noqa: N801
         return wrap(self._host[hosts(index, strict())], [self])
 
     def __setitem__(self, index, value):
-        global launches
         library = strict()
-        launches += library
+        note("setitem", library)
         self._host[hosts(index, library)] = hosts(value, library)
 
     def __neg__(self):
@@ -251,14 +253,13 @@ def binary(name, swapped=False):
     operate = getattr(operator, name)
 
     def method(self, other):
-        global launches
         library = strict()
         if not isinstance(other, ndarray | np.ndarray | np.generic | bool | int | float | complex):
             return NotImplemented
         operands = [self._host, hosts(other, library)]
         host = operate(*reversed(operands)) if swapped else operate(*operands)
         if host is self._host:
-            launches += library
+            note(name, library)
             return self
         return host if isinstance(other, np.ndarray) else wrap(host)  # a test that mixes the two continues with NumPy
 

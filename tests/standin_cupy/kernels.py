@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from . import launches, ndarray, unsupported
+
 COMPILER = shutil.which("g++") or shutil.which("c++")
 C_TYPES = {"bool": "bool", "int32": "int", "int64": "long long", "float32": "float", "float64": "double"}
 PRELUDE = """#include <cmath>
@@ -50,7 +52,7 @@ for (ptrdiff_t _row = _rows - 1; _row >= 0; --_row) {{
   {post};
 }}"""
 compiled = {}  # the functions by name, which is a hash of the source
-launched = []  # (kernel's name, dtypes and scalars that it was launched with) of each launch
+signatures = set()  # (kernel's name, dtypes by letter, numbers by index) of what was launched
 
 
 class Kernel:
@@ -64,8 +66,6 @@ class Kernel:
 
     def take(self, args):
         """(host arrays and numbers, the dtype of each letter) of a launch, refused as CuPy refuses them."""
-        from . import ndarray, unsupported
-
         if len(args) != len(self.params):
             raise TypeError(f"Wrong number of arguments for {self.name!r}")
         types = {}
@@ -91,7 +91,8 @@ class Kernel:
             whole = raw or k in scalars or k >= self.inputs
             ready.append(np.ascontiguousarray(array if whole else np.broadcast_to(array, shape)))
         signature = tuple(types.items()), tuple(scalars)
-        launched.append((self.name, signature))
+        signatures.add((self.name, *signature))
+        launches.append(self.name)
         if rows and n:
             name, text = self.source(*signature)
             build({name: text})
