@@ -1,4 +1,4 @@
-"""``pytest --device standin``: what a test gives to the library is moved to the stand-in, and the library computes there.
+"""``pytest --device standin``: the library computes on the stand-in, where whatever a test gives to it is moved.
 
 The tests are written with NumPy and stay so: a moved array is on the same memory, and a test reads a result as if it
 were NumPy's.
