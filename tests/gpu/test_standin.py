@@ -17,6 +17,8 @@ from minilora.errors import InputError, TrainingStopped
 from minilora.surgery import unload
 from minilora.tools.gradcheck import gradcheck
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture
 def cupy(monkeypatch):
@@ -184,13 +186,21 @@ def test_a_training_is_the_host_s_and_waits_once_a_step(cupy, name):
 
 
 def test_a_step_launches_about_as_often_as_notebook_10_says(cupy):
-    text = (Path(__file__).parents[2] / "notebooks" / "10_gpu.py").read_text(encoding="utf-8")
+    text = (ROOT / "notebooks" / "10_gpu.py").read_text(encoding="utf-8")
     (said,) = re.findall(r"^LAUNCHES = (\d+)$", text, re.MULTILINE)
     gpt = adapt(pretrained().to("cuda"), "lora", verbose=False)
     ids = np.random.default_rng(0).integers(0, 96, (8, 129))
     standin_cupy.launches.clear()
     train(gpt, AdamW(gpt.trainable(), 5e-3), [(ids[:, :-1], ids[:, 1:])], steps=1, progress=False)
     assert len(standin_cupy.launches) == pytest.approx(int(said), rel=0.1)
+
+
+def test_the_page_s_python_runs(cupy):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    exec(compile(block, "docs/gpu.md", "exec"), names)
+    assert type(next(iter(names["model"].trainable().values())).data) is ndarray
+    assert np.isfinite(names["history"].loss).all()
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
