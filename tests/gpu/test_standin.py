@@ -143,7 +143,7 @@ def test_every_name_and_keyword_is_cupy_s():
                 assert {*keywords.split()} <= signature_of_cupy(function), name
     for name in vars(standin_cupy.module()):
         assert hasattr(real, name) or name.startswith("__"), name
-    for name in [*standin_cupy.ATTRIBUTES, *(n for n in vars(ndarray) if n not in ("_host", "_base", "__dict__"))]:
+    for name in vars(ndarray):
         assert hasattr(real.ndarray, name) or name.startswith("__"), name
     assert callable(real.cuda.runtime.getDeviceCount) and callable(real.add.at) and callable(real.linalg.pinv)
 

@@ -25,7 +25,7 @@ launches = []  # what the library asked for on device arrays: a name, or "" for 
 
 # Names and, where they are functions, the keywords that the library may use. tests/gpu/test_standin.py holds them
 # against CuPy's.
-ATTRIBUTES = ["shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides", "flags", "T", "real", "imag"]
+ATTRIBUTES, VIEWS = ["shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides", "flags"], ["T", "real", "imag"]
 METHODS = {
     **dict.fromkeys(("sum", "mean", "prod"), "axis dtype out keepdims"),
     **dict.fromkeys(("max", "min", "any", "all", "argmax"), "axis out keepdims"),
@@ -157,8 +157,7 @@ class ndarray:  # noqa: N801
 
     def __getattr__(self, name):
         """A test may use whatever NumPy's array has, the library only what is in the tables above."""
-        library = not name.startswith("_") and strict()
-        if name.startswith("_") or (library and name not in METHODS and name not in ATTRIBUTES):
+        if name.startswith("_") or (name not in METHODS and strict()):
             raise AttributeError(f"'cupy.ndarray' object has no attribute '{name}'")
         value = getattr(self._host, name)
         if callable(value):
@@ -266,6 +265,10 @@ def binary(name, swapped=False):
     return method
 
 
+for name in ATTRIBUTES:
+    setattr(ndarray, name, property(operator.attrgetter(f"_host.{name}")))
+for name in VIEWS:
+    setattr(ndarray, name, property(lambda self, name=name: wrap(getattr(self._host, name), [self])))
 for name in OPERATORS + COMPARISONS:
     setattr(ndarray, f"__{name}__", binary(f"__{name}__"))
 for name in OPERATORS:
