@@ -189,9 +189,6 @@ class ndarray:  # noqa: N801
     def __int__(self):
         return int(self.item())
 
-    def __complex__(self):
-        return complex(self.item())
-
     def __format__(self, spec):
         return format(self.item() if spec else self._host, spec)
 
@@ -201,9 +198,6 @@ class ndarray:  # noqa: N801
     def __iter__(self):  # CuPy's gives arrays again, without waiting; but nobody iterates except to look at them
         wait()
         return iter([wrap(item, [self]) for item in self._host])
-
-    def __contains__(self, value):
-        return bool((self == value).any())
 
     def __getitem__(self, index):
         return wrap(self._host[hosts(index, strict())], [self])
@@ -224,9 +218,6 @@ class ndarray:  # noqa: N801
 
     def __deepcopy__(self, memo):
         return ndarray(self._host.copy())
-
-    def __reduce__(self):
-        return ndarray, (self._host,)
 
     def __array__(self, dtype=None, copy=None):
         if strict():
