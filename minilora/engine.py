@@ -58,16 +58,16 @@ class Tensor:
     """An array (float or complex) and the Node that its gradient arrives at; ``node`` is None for a constant.
 
     ``again`` is set where the array need not be kept, because its operation computes it again for who wants it.
-    Raises InputError for integer or other data that has no gradient.
+    Raises InputError for integer or other data that has no gradient; with ``integers``, integers and booleans will do.
     """
 
     __slots__ = ("again", "data", "node")
     __array_ufunc__ = None  # array + Tensor is the Tensor's affair, not one object for each entry
 
-    def __init__(self, data, requires_grad=False, node=None):
+    def __init__(self, data, requires_grad=False, node=None, integers=False):
         if isinstance(data, list | tuple | float):
             data = np.asarray(data)
-        if array_module(data) and data.dtype.kind not in "fc":
+        if array_module(data) and data.dtype.kind not in ("fciub" if integers else "fc"):
             raise InputError(f"a Tensor holds floating-point data, got {data.dtype}; use .astype(np.float32) first")
         self.data, self.again = data, None
         self.node = Node() if requires_grad else node

@@ -7,7 +7,7 @@ from pathlib import Path
 from minilora import methods
 from minilora.adapter import Adapter
 from minilora.tools import methodfile
-from minilora.tools.methodfile import TAG, docstring_and_code, kept, tags  # noqa: F401, for the tests
+from minilora.tools.methodfile import TAG, code_tags, comment_of, docstring_and_code, equations, kept  # noqa: F401
 
 TARGET = re.compile(r"^\s+(\w+) [-+*/]?= ")
 ASSIGNMENT = re.compile(r"^(\s+)(\w+) = (.+?)  # (.*)$")
