@@ -36,9 +36,9 @@ def plain_value(owner: str, name: str, kind, default, value):
     kind = base_type(kind)
     container = typing.get_origin(kind) or kind
     zero = kind is float and default == 0
-    allowed = ""
+    given, allowed = f"{owner}: {name} is {value!r:.60}", ""
     if name == "r" and not (type(value) is int and value >= 1):
-        raise InputError(f"{owner}: r is {value!r}; the rank must be an integer of at least 1")
+        raise InputError(f"{given}; the rank must be an integer of at least 1")
     if kind is int and not (type(value) is int and 0 <= value < 2**32):
         allowed = "an integer of at least 0 and below 2³²"
     elif kind is float:
@@ -56,7 +56,7 @@ def plain_value(owner: str, name: str, kind, default, value):
         except (TypeError, ValueError):
             allowed = f"a list such as 1,2 ({getattr(kind, '__name__', kind)})"
     if allowed:
-        raise InputError(f"{owner}: {name} is {value!r}; it must be {allowed}")
+        raise InputError(f"{given}; it must be {allowed}")
     return value
 
 

@@ -11,7 +11,7 @@ from minilora import InputError, methods
 from minilora.cli import main
 from minilora.tools import exercises
 from minilora.tools.exercises import assess, exercise, grade, write_exercise
-from minilora.tools.methodfile import backward_equations, docstring_and_code, read, tags
+from minilora.tools.methodfile import backward_equations, docstring_and_code, equations, read
 
 OWN = [name for name in methods.names() if "backward" in vars(methods.get(name))]
 
@@ -78,7 +78,7 @@ def test_the_exercise_keeps_the_equations_and_has_none_of_the_lines(name):
     hole = code[code.index("def backward") :].split("\n    def ")[0]
     assert hole.count("\n        # B") == len(backward_equations(text_of(name)))
     assert not re.search(r"^ +\w+ = ", hole, re.MULTILINE)
-    assert tags(docstring, "docstring") and "def forward" in code
+    assert equations(docstring) and "def forward" in code
 
 
 @pytest.mark.parametrize("name", methods.names())
