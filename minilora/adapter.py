@@ -50,6 +50,7 @@ class Adapter:
     integers = ()  # names of the buffers that hold integers; they keep their dtype
     updates_base = False  # True: init or after_step changes W, and the layer gets its own copy of it
     starts_elsewhere = ""  # the reason why the adapted layer does not start as the base model
+    note = ""  # half a sentence for the table of minilora compare, such as what the method adds in memory
     holomorphic = True  # False: the complex step cannot be taken, and the method's file says why
     peft = {}  # the keys that name the method in PEFT's configuration; a method that inherits says its own
     from_peft = False  # True: a file with these keys is read as this method; likewise

@@ -10,7 +10,6 @@ import sys
 
 from . import methods
 from .errors import InputError, Interrupted, TrainingStopped
-from .options import flag
 
 
 def main(argv=None) -> int:
@@ -197,7 +196,7 @@ def method_flags(p, argv):
     named = [word for word in argv if word in methods.names()]
     group = p.add_argument_group("the method's own options")
     for name, (kind, default) in (methods.options(named[0]) if named else {}).items():
-        group.add_argument(f"--{name.replace('_', '-')}", **flag(kind), default=default, help="see minilora methods")
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help="see minilora methods")
 
 
 def run_compare(args):

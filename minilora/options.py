@@ -11,11 +11,8 @@ from .errors import InputError
 
 def options_of(cls) -> dict:
     """{field: (type, default)} of a dataclass; annotations that are text become types."""
-    types = typing.get_type_hints(cls)
-    return {
-        field.name: (types[field.name], field.default if field.default_factory is MISSING else field.default_factory())
-        for field in fields(cls)
-    }
+    types, made = typing.get_type_hints(cls), [(f, f.default_factory) for f in fields(cls)]
+    return {f.name: (types[f.name], f.default if make is MISSING else make()) for f, make in made}
 
 
 def base_type(kind):
@@ -28,46 +25,28 @@ def plain_value(owner: str, name: str, kind, default, value):
     """``value`` as the Python object that the field ``name`` of ``owner`` holds; a NumPy number becomes Python's.
 
     A list or a tuple may be given as text, "1,2,3", and becomes a tuple. Raises InputError for a value that does not
-    fit the type, for a rank below 1, and for a float that is not above 0 (0 itself is fine if it is the default).
+    fit the type. A float must be above 0, or may be 0 if that is the default.
     """
     value = value.item() if isinstance(value, np.generic) else value
     if value is None and base_type(kind) is not kind:
         return None
-    kind = base_type(kind)
-    container = typing.get_origin(kind) or kind
-    zero = kind is float and default == 0
-    given, allowed = f"{owner}: {name} is {value!r:.60}", ""
-    if name == "r" and not (type(value) is int and value >= 1):
-        raise InputError(f"{given}; the rank must be an integer of at least 1")
-    if kind is int and not (type(value) is int and 0 <= value < 2**32):
-        allowed = "an integer of at least 0 and below 2³²"
-    elif kind is float:
-        if type(value) in (int, float) and (value > 0 or (zero and value == 0)) and value <= sys.float_info.max:
-            return float(value)
-        allowed = "a finite number of at least 0" if zero else "a finite number above 0"
-    elif kind is bool and type(value) is not bool:
-        allowed = "True or False"
-    elif kind is str and not isinstance(value, str):
-        allowed = "text"
-    elif container in (list, tuple):
+    given, kind = value, base_type(kind)
+    if (typing.get_origin(kind) or kind) in (list, tuple):
+        items = [item for item in value.split(",") if item] if isinstance(value, str) else value
         try:
-            items, kinds = split(value), typing.get_args(kind)
-            return tuple(map(kinds[0], items)) if kinds else tuple(items)
+            value = tuple(map(typing.get_args(kind)[0], items) if typing.get_args(kind) else items)
         except (TypeError, ValueError):
-            allowed = f"a list such as 1,2 ({getattr(kind, '__name__', kind)})"
-    if allowed:
-        raise InputError(f"{given}; it must be {allowed}")
-    return value
-
-
-def split(value) -> list:
-    return [part for part in value.split(",") if part] if isinstance(value, str) else list(value)
-
-
-def flag(kind) -> dict:
-    """How argparse reads a field of the type ``kind``: a bool as --name and --no-name, a list as one text."""
-    import argparse  # only the command line needs it
-
-    if base_type(kind) is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    return {"type": base_type(kind) if base_type(kind) in (int, float) else str}
+            value = None
+    number, whole = type(value) in (int, float), type(value) is int
+    finite = number and 0 <= value <= sys.float_info.max
+    fits, must = {
+        int: (whole and 0 <= value < 2**32, "an integer of at least 0 and below 2³²"),
+        float: (finite and (value > 0 or default == 0), "a finite number above 0" + ", or 0" * (default == 0)),
+        bool: (type(value) is bool, "True or False"),
+        str: (isinstance(value, str), "text"),
+    }.get(kind, (value is not None, f"a list such as 1,2, and fit {kind}"))
+    if name == "r" and not (whole and value >= 1):
+        raise InputError(f"{owner}: r is {given!r:.60}; the rank must be an integer of at least 1")
+    if not fits:
+        raise InputError(f"{owner}: {name} is {given!r:.60}; it must be {must}")
+    return float(value) if kind is float else value

@@ -9,6 +9,7 @@ from minilora.adapter import Adapter
 from minilora.tools import methodfile
 from minilora.tools.methodfile import TAG, code_tags, docstring_and_code, equations, kept  # noqa: F401, for the tests
 
+DROPPED_IN = Path(__file__).parent / "dropped_in"  # method files that are not in the registry
 TARGET = re.compile(r"^\s+(\w+) [-+*/]?= ")
 ASSIGNMENT = re.compile(r"^(\s+)(\w+) = (.+?)  # (.*)$")
 

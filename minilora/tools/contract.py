@@ -111,9 +111,12 @@ def inputs(c: Case) -> str:
     saved = c.forward()[1]
     given = {"dy": c.dy, "W": c.W, **c.p, **{f"saved.{name}": array for name, array in saved.items()}}
     before = {name: array.copy() for name, array in given.items()}
-    c.method.backward(c.dy, saved, c.W, c.p)
-    changed = [name for name in given if not (given[name] == before[name]).all()]
-    return f"backward changes {', '.join(changed)}" if changed else ""
+    dx, grads = c.method.backward(c.dy, saved, c.W, c.p)
+    if changed := [name for name in given if not np.array_equal(given[name], before[name])]:
+        return f"backward changes {', '.join(changed)}"
+    again, grads_again = c.method.backward(c.dy, saved, c.W, c.p)
+    same = np.array_equal(dx, again) and all(np.array_equal(grads[name], grads_again[name]) for name in grads)
+    return "" if same else "a second call returns other gradients"
 
 
 def hosted(c: Case) -> str:
@@ -175,7 +178,7 @@ def claims(c: Case) -> str:
 CHECKS = {
     "shapes are those of the arrays that init makes": shapes,
     "gradients at the initial point, for one row, and at other ranks": gradients,
-    "starts as the base model": start,
+    "starts as the base model, or says why not": start,
     "merge is forward as one weight": merge,
     "backward leaves what it is given as it is": inputs,
     "a layer with a bias does the same": hosted,
