@@ -382,7 +382,7 @@ def test_a_file_in_the_folder_is_a_method_everywhere(dropped_in, name, tmp_path,
     assert {"square": "trains M (m, m)", "marked": "trains A (r, d_in), B (d_out, r)"}[name] in printed
     if name == "marked":
         loaded = load_peft(f"{form}_lora", load_model(base))
-        assert adapted_layers(loaded)["blocks.0.q"].p.A.shape == (3, 16)
+        assert adapted_layers(loaded)["blocks.0.o"].p.A.shape == (3, 16)
 
 
 @pytest.mark.parametrize("name", ["square", "marked"])

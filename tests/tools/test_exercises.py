@@ -218,16 +218,15 @@ def test_lines_that_are_put_into_one_are_judged_by_the_gradients(grade_text):
 
 
 def test_a_method_of_ones_own_is_graded_by_differences_and_the_contract(grade_text):
-    from test_contract import NEW_METHOD
-
-    grades = grade_text(NEW_METHOD)
-    assert grades and list(verdicts(grades))[:3] == ["B1 dc", "B2 dx", "return"]
+    text = (source.DROPPED_IN / "square.py").read_text(encoding="utf-8")
+    grades = grade_text(text)
+    assert grades and list(verdicts(grades))[:3] == ["B2 dM", "B4 dx", "return"]
     assert "equation tags, in the docstring and on the lines" in verdicts(grades)
-    wrong = grade_text(NEW_METHOD.replace("(dy * saved.z).sum(axis=0)", "-(dy * saved.z).sum(axis=0)"))
-    assert "✗ B1 dc  the sign is flipped" in str(wrong) and "✓ B2 dx" in str(wrong)
-    untagged = grade_text(NEW_METHOD.replace("  # (d_out,) B1", "  # (d_out,)"))
-    assert "the docstring has F1, B1, B2; the lines F1, B2" in str(untagged)
-    no_equations = grade_text(NEW_METHOD[NEW_METHOD.index('"""\n\nfrom') + 3 :].replace("dy * p.c", "dy"))
+    wrong = grade_text(text.replace("== p.rows) @ dG", "== p.rows) @ -dG"))
+    assert "✗ B2 dM  the sign is flipped" in str(wrong) and "✓ B4 dx" in str(wrong)
+    untagged = grade_text(text.replace("  # (m, m) B2", "  # (m, m)"))
+    assert "the docstring has F1, F2, F3, B1, B2, B3, B4; the lines F1, F2, F3, B1, B3, B4" in str(untagged)
+    no_equations = grade_text(text[text.index('"""\n\nimport') + 3 :].replace("dy @ W + dh", "dh"))
     assert [m.what for m in no_equations.marks] == ["return"] and "dx: a term of" in no_equations.marks[0].hint
 
 
