@@ -176,7 +176,7 @@ def tensor_bytes(arrays: dict, metadata: dict) -> bytes:
     """The bytes that write_tensors() writes."""
     from safetensors.numpy import save
 
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     return save(arrays, metadata | {DIGEST: digest(arrays, metadata)})
 
 
