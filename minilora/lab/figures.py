@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from ..plots.style import GREY, look, new_figure, styled
+from ..plots.style import GREY, look, marker, new_figure, styled
+from .results import best, curves
+from .task import GLANCE
 
-MARKS = "osD^v<>dphXP"  # no star, which is the best rate of a sweep
 LEAST_SPAN = 0.02  # nats that an axis of losses has at least: what is nearly equal shall look so
 
 
@@ -36,13 +37,11 @@ def comparison(result: dict):
 
 def _mark(i):
     """The i-th method's mark: over a white edge, so that of two marks on each other both are seen."""
-    return {"marker": MARKS[i % len(MARKS)], "markersize": 8, "markeredgecolor": "white", "markeredgewidth": 0.6}
+    return {"marker": marker(i), "markersize": 8, "markeredgecolor": "white", "markeredgewidth": 0.6}
 
 
 def _learning_curves(axes, result):
     """The curves from their second point on: the first, the loss before tuning, is the same for all and far above."""
-    from .task import GLANCE
-
     curves = {name: np.array(curve) for name, curve in result["curves"].items()}
     for i, (name, curve) in enumerate(curves.items()):
         # The marks of neighbours in the legend do not lie on the same steps.
@@ -60,7 +59,7 @@ def _learning_against_forgetting(axes, rows):
     for i, point in enumerate(zip(learnt, forgot, strict=True)):
         axes.plot(*point, linestyle="", color=look(i)["color"], zorder=3, **_mark(i))
     axes.set(xlim=_limits(learnt), ylim=_limits(forgot))
-    _names_beside(axes, [row["method"] for row in rows], learnt, forgot)
+    _names_at_the_edge(axes, [row["method"] for row in rows], learnt, forgot)
     axes.set(title="Learning against forgetting",
              xlabel=f"loss on the Folio (left is better)\nbefore tuning: {rows[0]['loss_b_before']:.3f}",
              ylabel=f"loss on modern text (down is better)\nbefore tuning: {rows[0]['loss_a_before']:.3f}")  # fmt: skip
@@ -73,7 +72,7 @@ def _limits(values, margin=0.07):
     return low - wider, high + wider
 
 
-def _names_beside(axes, names, x, y, gap=0.062):
+def _names_at_the_edge(axes, names, x, y, gap=0.062):
     """The names at the right edge, as high as their points or, at least ``gap`` apart, near it; a line leads to each.
 
     The limits of ``axes`` have to be set; heights and ``gap`` are fractions of it.
@@ -122,8 +121,6 @@ def sweep(rows):
     ``rows`` are the lines of a sweep's file. With one rank and alpha, each method has a panel and the others are grey
     behind it; otherwise each rank and alpha has one, with all methods that were swept there.
     """
-    from .results import best, curves
-
     found = curves(rows)
     names, panels = list(dict.fromkeys(name for name, *_ in found)), _sweep_panels(found)
     single = list(panels) == names
@@ -159,20 +156,25 @@ def sweep(rows):
 
 
 def _sweep_panels(found) -> dict:
-    """{title: {method: curve}}, by rank and alpha; None, which stands for "has none", goes with every value."""
-    goes_with = lambda a, b: all(x is None or x == y for x, y in zip(a, b, strict=True))
+    """{title: {method: curve}}, by rank and alpha; None, for a method without that option, goes with every value."""
     settings = list(dict.fromkeys(of[1:] for of in found))
-    settings = [s for s in settings if not any(s != other and goes_with(s, other) for other in settings)]
+    settings = [s for s in settings if not any(s != other and _goes_with(s, other) for other in settings)]
     if len(settings) == 1:
         return {of[0]: {of[0]: curve} for of, curve in found.items()}
-    title = lambda s: ", ".join(f"{k} = {v:g}" for k, v in zip(("r", "alpha"), s, strict=True) if v is not None)
-    return {title(s): {of[0]: c for of, c in found.items() if goes_with(of[1:], s)} for s in settings}
+    return {_title(s): {of[0]: c for of, c in found.items() if _goes_with(of[1:], s)} for s in settings}
+
+
+def _goes_with(given, setting) -> bool:
+    return all(value is None or value == other for value, other in zip(given, setting, strict=True))
+
+
+def _title(setting) -> str:
+    given = zip(("r", "alpha"), setting, strict=True)
+    return ", ".join(f"{name} = {value:g}" for name, value in given if value is not None)
 
 
 def _rate_curve(axes, curve, top, label=None, **style):
     """One method's losses by rate, cut off at ``top``; with a ``label`` also the range, the star and the crosses."""
-    from .results import best
-
     rates = list(curve)
     means = [min(top, sum(losses) / len(losses)) for losses in curve.values()]
     axes.plot(rates, means, label=label, **style)

@@ -123,7 +123,7 @@ def test_a_command_line_on_a_page_is_one_that_the_program_takes(line):
     from minilora.cli import build_parser
 
     argv = shlex.split(line, comments=True)[1:]
-    build_parser(argv).parse_args(argv)  # exits with a message where it does not
+    build_parser().parse_args(argv)  # exits with a message where it does not
 
 
 SITE = [p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts]

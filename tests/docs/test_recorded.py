@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 
 from minilora import methods
-from minilora.lab import sweep
+from minilora.lab import results
 from minilora.lab.compare import ROW_KEYS, page
 from minilora.lab.task import learning_rate
 
@@ -14,14 +14,14 @@ SWEEP = DOCS / "sweep" / "learning_rates.jsonl"
 
 
 def test_the_learning_rates_are_the_best_of_the_recorded_sweep(tmp_path):
-    lines, _ = sweep.read(SWEEP)
-    sweep.record(list(lines.values()), tmp_path / "best.json")  # refuses a best rate at the edge of its grid
+    lines, _ = results.read(SWEEP)
+    results.record(list(lines.values()), tmp_path / "best.json")  # refuses a best rate at the edge of its grid
     recorded = (resources.files("minilora") / "learning_rates.json").read_text()
     assert json.loads((tmp_path / "best.json").read_text()) == json.loads(recorded)
 
 
 def test_every_method_has_been_swept_with_several_seeds_and_rates():
-    lines = list(sweep.read(SWEEP)[0].values())
+    lines = list(results.read(SWEEP)[0].values())
     assert {line["method"] for line in lines} == set(methods.names())
     for name in methods.names():
         of_method = [line for line in lines if line["method"] == name]
