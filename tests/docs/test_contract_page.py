@@ -10,7 +10,7 @@ import test_contract
 from pytest import fixture
 
 from minilora import methods
-from minilora.adapter import Adapter
+from minilora.adapter import Adapter, InPeft
 from minilora.cli import main
 from minilora.tools.contract import CHECKS
 from minilora.tools.trial import Trial
@@ -65,7 +65,7 @@ def test_the_tables_have_every_member_of_the_contract_and_who_defines_it():
     needed = re.findall(r"^\|(?: \d)? \| `(\w+)` \|", PAGE, re.MULTILINE)
     rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", PAGE, re.MULTILINE))
     assert needed == ["shapes", "init", "forward", "backward", "merge"]
-    own = {name for name in vars(Adapter) if not name.startswith("_")} - {"name"}
+    own = {name for name in vars(Adapter) if not name.startswith("_")} - {"name"} - set(vars(InPeft))
     assert dataclasses.is_dataclass(Adapter) and {*needed, *rows} == own
     for member, where in rows.items():
         defined = {name for name in methods.names() if member in vars(methods.get(name))}
@@ -73,7 +73,7 @@ def test_the_tables_have_every_member_of_the_contract_and_who_defines_it():
             assert defined == set(methods.names())
         elif where == "no shipped method":
             assert not defined, member
-        elif where != "most methods":
+        else:
             assert set(re.findall(r"`(\w+)`", where)) == defined, member
 
 

@@ -77,7 +77,7 @@ def test_the_exercise_keeps_the_equations_and_has_none_of_the_lines(name):
     assert docstring == docstring_and_code(text_of(name))[0]
     hole = code[code.index("def backward") :].split("\n    def ")[0]
     assert hole.count("\n        # B") == len(backward_equations(text_of(name)))
-    assert not re.search(r"^ +\w+ = ", hole, re.MULTILINE)
+    assert not re.search(r"^ {8}\w+ = ", hole, re.MULTILINE)
     assert equations(docstring) and "def forward" in code
 
 
