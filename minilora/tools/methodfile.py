@@ -93,7 +93,7 @@ def kept(docstring: str) -> dict[str, tuple]:
 
 def stated_shapes(method: Adapter) -> dict[str, tuple]:
     """The method's own arrays in the line "Forward, x (N, d_in), A (r, d_in) …:" of the file that defines forward."""
-    line = FORWARD.search(type(method).forward.__globals__["__doc__"] or "")
+    line = FORWARD.search(inspect.unwrap(type(method).forward).__globals__["__doc__"] or "")
     known = shapes_of(method, 1, 1)
     return {name: axes(shape) for name, shape in ARRAY.findall(line[1] if line else "") if name in known}
 
