@@ -25,6 +25,7 @@ class Marked(LoRA):
     wording: str = "none"
     cuts: list[int] = field(default_factory=list)
     cap: int | None = None
+    table: dict = field(default_factory=dict)  # cannot be hashed
     starts_elsewhere = "B is not zero at the start, so that A learns from step 1"
 
     claims = {"A learns from step 1": lambda t: t.grads.A.any()}
