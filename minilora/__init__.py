@@ -18,7 +18,8 @@ from .files.gpt2 import load_gpt2, save_gpt2
 from .files.peft import load_peft, save_peft
 from .gpt import GPT, GPTConfig
 from .memory import kept_bytes, ledger
-from .surgery import adapt, count_parameters, merge, merge_and_unload, unload, unmerge
+from .merging import merge, merge_and_unload, unload, unmerge
+from .surgery import adapt, count_parameters
 from .training.optim import AdamW
 from .training.sgd import SGD
 from .training.trainer import evaluate, train

@@ -1,7 +1,6 @@
 """What an adapter method is (Adapter), and the layer that hosts it in a network (AdaptedLinear).
 
-A method is mathematics on plain arrays in one file of methods/; what a layer needs around it, such as the graph, the
-bias and the optimizer's parameters, is here and knows no method by name.
+A method is mathematics on plain arrays in one file of methods/. What a layer needs around it is here.
 """
 
 from dataclasses import dataclass
@@ -15,32 +14,12 @@ from .nn import Linear, Module, Parameter
 from .options import options_of, plain_value
 
 
-class InPeft:
-    """A method in the files of Hugging Face PEFT: all that files/peft.py has to know of it. See docs/peft.md."""
-
-    peft = {}  # the keys that name the method in PEFT's configuration: {"peft_type": …, "a_flag": True}
-    from_peft = False  # True: a file with these keys is read as this method
-    peft_names = {}  # hyper-parameter: PEFT's key for it
-    peft_patterns = {}  # hyper-parameter: PEFT's key for a map {module: its own value}
-    peft_arrays = {}  # array: (its name in the file, after the module's unless it begins with "base_model.", its axes)
-    peft_keys = {}  # another key of PEFT's: the values that mean this method, the one that is written first
-    peft_ignored = {}  # a key that changes nothing computed here: the value that is written, or None for no value
-    peft_shared_key = ""  # the key that is false in a file without the shared arrays; init_shared() draws them then
-    peft_rescales = False  # True: its keys change `scaling` alone, so another method can express them by its alpha
-    is_product = False  # True: arrays B (d_out, r), A (r, d_in) act as scaling · B A; any others are (d_out,)
-
-    def __init_subclass__(cls):
-        """A subclass computes something else than its parent. So PEFT's name for it must stand in its own class."""
-        super().__init_subclass__()
-        cls.peft, cls.from_peft = vars(cls).get("peft", {}), vars(cls).get("from_peft", False)
-
-
 @dataclass(frozen=True)
-class Adapter(InPeft):
+class Adapter:
     """The contract of a method file: hyper-parameters as fields, and no array, so nothing can hide in it.
 
     ``W (d_out, d_in)`` is the frozen weight, ``x (N, d_in)`` the input, ``p`` the layer's arrays (``p.A``, ``p["A"]``).
-    Each method has shapes, init, forward, backward and merge. All other members have defaults that suit most methods.
+    A method has shapes, init, forward, backward and merge; the other members have defaults that suit most methods.
     """
 
     def shapes(self, d_out, d_in) -> tuple[dict, dict]:
@@ -48,10 +27,7 @@ class Adapter(InPeft):
         raise NotImplementedError(f"{self.name} does not declare the shapes of its arrays")
 
     def init(self, W, rng, shared) -> tuple[dict, dict]:
-        """(trainable, buffers): host arrays by name. ``rng`` is seeded by the layer's name, alike for all methods.
-
-        ``W`` is a host copy; a method with ``updates_base`` may change it in place.
-        """
+        """(trainable, buffers): host arrays by name, drawn from ``rng``. ``W`` is a host copy that may be changed."""
         raise NotImplementedError
 
     def forward(self, x, W, p):
@@ -72,6 +48,12 @@ class Adapter(InPeft):
     starts_elsewhere = ""  # the reason why the adapted layer does not start as the base model
     note = ""  # half a sentence for the table of minilora compare, such as what the method adds in memory
     holomorphic = True  # False: the complex step cannot be taken, and the method's file says why
+    # What files/peft.py has to know of a method; docs/peft.md explains each.
+    peft, from_peft, is_product, peft_rescales, peft_shared_key = {}, False, False, False, ""
+    peft_names, peft_patterns, peft_arrays, peft_keys, peft_ignored = {}, {}, {}, {}, {}
+
+    def __init_subclass__(cls):  # a subclass computes something else than its parent: PEFT's name is not inherited
+        cls.peft, cls.from_peft = vars(cls).get("peft", {}), vars(cls).get("from_peft", False)
 
     def __post_init__(self):
         """Raises InputError for a value that its field does not take; see options.plain_value()."""
@@ -97,10 +79,7 @@ class Adapter(InPeft):
         return {}
 
     def surrogate(self, x, W, p, at):
-        """The function of (x, p) whose gradient backward computes at the point p = ``at``: forward's y, as a rule.
-
-        A method whose gradient is by design not the loss's returns here the function that it differentiates.
-        """
+        """The function of (x, p) whose gradient backward computes at p = ``at``: forward's y, unless by design not."""
         return self.forward(x, W, p)[0]
 
     def factors(self, W, p):
@@ -126,11 +105,10 @@ class AdaptedLinear(Module):
 
         ``part``: {name: slice}, the rows of a shared array that this layer sees, where they are not the first ones.
         """
-        self.method, self.base, self.merged, self.original = method, base, None, base.W.data
-        self.part = part or {}
+        self.method, self.base, self.part = method, base, part or {}
+        self.merged, self.original = None, base.W.data
         base.freeze()
-        xp, dtype = array_module(base.W.data), base.W.dtype
-        self.shared = shared or {}
+        self.shared, xp, dtype = shared or {}, array_module(base.W.data), base.W.dtype
         W, shared = np.array(to_host(base.W.data)), Saved((k, to_host(a)) for k, a in self.seen().items())
         trainable, buffers = method.init(W, np.random.default_rng(seed), shared)
         self.arrays = Module()
@@ -177,10 +155,9 @@ class AdaptedLinear(Module):
         return record(method.name, y, saved, vjp, [x, *trained.values()])
 
     def check(self, x: Tensor) -> None:
-        W = self.base.W.data
+        W, name = self.base.W.data, self.method.name
         if x.data.ndim != 2 or x.shape[1] != W.shape[1] or x.dtype != W.dtype:
-            takes = f"this layer takes {W.dtype} (N, {W.shape[1]})"
-            raise InputError(f"{self.method.name}: x is {x.dtype}{x.shape}; {takes}")
+            raise InputError(f"{name}: x is {x.dtype}{x.shape}; this layer takes {W.dtype} (N, {W.shape[1]})")
         array_module(x.data, W)
 
     def after_step(self):

@@ -4,7 +4,6 @@ The array decides, there is no global switch: ``array_module(x)`` is the library
 CuPy is imported only when a GPU is asked for or a CuPy array is met.
 """
 
-import importlib
 import sys
 
 import numpy as np
@@ -17,10 +16,7 @@ def array_module(*arrays):
 
     Raises InputError for a mixture of the two, or for something that is no array.
     """
-    for array in arrays:
-        if not isinstance(array, np.ndarray):
-            break
-    else:
+    if all(isinstance(array, np.ndarray) for array in arrays):
         return np
     names = {_library(a) for a in arrays}
     if len(names) > 1:
@@ -37,31 +33,6 @@ def _library(array) -> str:
     if type(array).__module__.partition(".")[0] == "cupy":
         return "cupy"
     raise InputError(f"expected a NumPy or CuPy array, got {type(array).__name__}")
-
-
-def device_module(device: str):
-    """The array library behind ``device``, "cpu" or "cuda".
-
-    Raises InputError for another name, and for "cuda" without CuPy or without a usable GPU.
-    """
-    if device == "cpu":
-        return np
-    if device != "cuda":
-        raise InputError(f'unknown device "{device}"; use "cpu" or "cuda"')
-    try:
-        cupy = importlib.import_module("cupy")
-    except ImportError as error:
-        raise InputError(
-            'device "cuda" needs CuPy, which is not installed; '
-            "pip install 'minilora[gpu12]' for CUDA 12 or 'minilora[gpu13]' for CUDA 13, or use the device \"cpu\""
-        ) from error
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except Exception as error:  # CUDARuntimeError: no driver, no device, driver too old
-        raise InputError(f'device "cuda": CuPy finds no usable GPU ({error}); use the device "cpu"') from error
-    if count == 0:
-        raise InputError('device "cuda": CuPy finds no GPU; use the device "cpu"')
-    return cupy
 
 
 def to_device(array, xp):

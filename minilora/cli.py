@@ -344,7 +344,7 @@ def run_export(args):
     from .files.base import load_base
     from .files.gpt2 import save_gpt2
     from .files.peft import save_peft
-    from .surgery import unload
+    from .merging import unload
 
     model, base = load_base(args.base), f"{args.folder}/base" if args.with_base else None
     load_folder(args.adapter, model)

@@ -1,7 +1,7 @@
 """The autograd engine: a Tensor is a value, a Node is what the backward pass needs, and backward walks the nodes.
 
-An operation is a pair of functions on plain arrays. Its forward returns the result *and* what its backward will
-need, so whatever is kept in memory is written down in one place and can be read, counted and freed.
+An operation is a pair of functions on plain arrays. Its forward returns the result *and* the arrays that its backward
+will need, so that what is kept in memory is written down in one place.
 """
 
 import inspect
@@ -31,7 +31,7 @@ class Node:
 
 
 class Saved(dict):
-    """What a forward saved for its backward, or a layer's arrays: ``saved.x`` is ``saved["x"]``."""
+    """The arrays that a forward saved for its backward, or those of a layer: ``saved.x`` is ``saved["x"]``."""
 
     def __getattr__(self, name):
         if name in self:
@@ -100,20 +100,29 @@ class Operation:
 
 
 def form(forms: dict, array, plain):
-    """The faster form for the array's library, or ``plain`` where there is none, within plain(), or for complex."""
+    """The faster form for the array's library; ``plain`` if there is none, within plain(), or for complex arrays."""
     if _plain.get() or array.dtype.kind == "c":
         return plain
     return forms.get(array_module(array).__name__, plain)
 
 
-@contextmanager
 def plain():
-    """Within this context every operation, and the optimizer, uses its plain form: nothing of ``fast/`` runs."""
-    token = _plain.set(True)
+    """A context in which every operation, and the optimizer, uses its plain form: nothing of ``fast/`` runs."""
+    return _within(_plain, True)
+
+
+def no_grad():
+    """A context in which no operation is recorded: for evaluation and sampling."""
+    return _within(_recording, False)
+
+
+@contextmanager
+def _within(variable, value):
+    token = variable.set(value)
     try:
         yield
     finally:
-        _plain.reset(token)
+        variable.reset(token)
 
 
 def record(name, y, saved, vjp, tensors) -> Tensor:
@@ -128,16 +137,6 @@ def record(name, y, saved, vjp, tensors) -> Tensor:
 def is_recording() -> bool:
     """False within no_grad()."""
     return _recording.get()
-
-
-@contextmanager
-def no_grad():
-    """Within this context no operation is recorded: for evaluation and sampling."""
-    token = _recording.set(False)
-    try:
-        yield
-    finally:
-        _recording.reset(token)
 
 
 def nodes_of(tensor: Tensor) -> list[Node]:

@@ -11,19 +11,6 @@ class InputError(ValueError):
     """Something the caller passed cannot be used: a value, a shape, a dtype, a name, a file or a device."""
 
 
-class FormatError(InputError):
-    """A file breaks a rule: ``file`` and ``rule`` say which, ``tensor`` where in it, if anywhere."""
-
-    def __init__(self, file, rule: str, tensor: str | None = None):
-        self.file, self.tensor, self.rule = str(file), tensor, printable(rule)
-        where = "" if tensor is None else f"tensor {shown(tensor)}: "
-        super().__init__(f"{shown(str(file), 300)}: {where}{self.rule}")
-
-
-class AdapterFormatError(FormatError):
-    """The same for an adapter or a training checkpoint, of minilora or of PEFT."""
-
-
 class Interrupted(Exception):
     """The user, or the system, asked a run to stop; it stopped between two steps, with everything saved."""
 
@@ -54,9 +41,3 @@ def printable(text: str, most=360) -> str:
     if not start.isprintable():
         start = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in start)
     return start if len(start) <= most else start[: most - 1] + "…"
-
-
-def shown_json(value, most=80) -> str:
-    """A value from a JSON file as a message may print it."""
-    text = json.dumps(value)
-    return text if len(text) <= most else text[: most - 1] + "…"

@@ -60,13 +60,14 @@ class Block(Module):
         if cache is not None:
             k, v = cache.extend(k, v, batch)  # (batch * (past + T), d) each
         y = attention(q, k, v, batch=batch, heads=self.config.n_head)  # (N, d)
-        x = add(x, self.drop(self.o(y), rng))
+        x = add(x, drop(self.o(y), self.config, rng))
         h = gelu(self.up(self.norm2(x)))  # (N, 4 d)
-        return add(x, self.drop(self.down(h), rng))
+        return add(x, drop(self.down(h), self.config, rng))
 
-    def drop(self, x, rng):
-        """Dropout where ``rng`` is given and the model has any."""
-        return dropout(x, p=self.config.dropout, rng=rng) if rng is not None and self.config.dropout else x
+
+def drop(x, config, rng):
+    """Dropout where ``rng`` is given and the model has any."""
+    return dropout(x, p=config.dropout, rng=rng) if rng is not None and config.dropout else x
 
 
 def run(block, x, *args):
@@ -96,24 +97,18 @@ class GPT(Module):
             raise InputError(f"GPT: ids have shape {ids.shape}; expected (batch, time), neither of them 0")
         batch, time = ids.shape
         if past + time > self.config.n_positions:
-            raise InputError(
-                f"GPT: a sequence of {past + time} tokens is longer than the context, {self.config.n_positions}; "
-                "cut it, or build the model with a larger n_positions"
-            )
+            longest = f"the context, {self.config.n_positions}; cut it, or build the model with a larger n_positions"
+            raise InputError(f"GPT: a sequence of {past + time} tokens is longer than {longest}")
         check_ids("GPT", ids, self.config.vocab_size)
         where = np.tile(np.arange(past, past + time), batch)  # (N,)
         x = add(embedding(self.tokens, ids=ids.ravel()), embedding(self.positions, ids=where))  # (N, d)
-        if rng is not None and self.config.dropout:
-            x = dropout(x, p=self.config.dropout, rng=rng)
+        x = drop(x, self.config, rng)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             x = self.run(block, x, batch, rng, cache)
         return linear(self.norm(x), self.tokens, None)  # (N, V)
 
     def recompute(self, on=True):
-        """Activation checkpointing: save each block's input alone and compute the rest again in backward.
-
-        The gradients are the same, on the CPU bit for bit; a step takes less memory and more time. Returns the model.
-        """
+        """Activation checkpointing, bit for bit the same: see recompute.py. Returns the model."""
         from .recompute import recompute
 
         self.run = recompute if on else run

@@ -5,7 +5,6 @@ A module is a plain object; its parameters and sub-modules are the attributes it
 
 import numpy as np
 
-from .backend import device_module, to_device
 from .engine import Tensor
 from .ops import layer_norm, linear
 
@@ -60,24 +59,9 @@ class Module:
 
     def to(self, device: str):
         """Move every array to "cpu" or "cuda"; returns the module. Raises InputError without CuPy or GPU."""
-        xp, moved = device_module(device), {}
+        from .placement import move_to
 
-        def move(array):
-            """The array on the device: once for all that refer to it, so that what is one array stays one."""
-            if array is None:
-                return None
-            if id(array) not in moved:
-                moved[id(array)] = to_device(array, xp), array  # with the array, whose id is then nobody else's
-            return moved[id(array)][0]
-
-        for _, p in self.named_parameters():
-            p.data = move(p.data)
-            if p.node is not None:
-                p.node.grad = move(p.node.grad)
-        for module in (self, *(m for _, m in self.named_modules())):
-            for name in module.arrays_beside:
-                setattr(module, name, move(getattr(module, name)))
-        return self
+        return move_to(self, device)
 
     def after_step(self):
         """Called after each optimizer step; an adapter method may move more than the optimizer did."""

@@ -1,8 +1,7 @@
-"""The layer-sized operations of a transformer, each a forward and a backward on plain arrays.
+"""The layer-sized operations of a transformer, each a forward and a backward on plain arrays, in their plain forms.
 
-One node per layer instead of one per multiplication lets each backward be read as one derivation. Tags (F1, B1 …)
-stand beside the equations and on the lines that compute them. Rows are tokens: N = batch · time. In each pair, y is
-the result and dy = dL/dy the gradient that arrives at it. These are the plain forms; fast/ has faster ones.
+Tags (F1, B1 …) stand beside the equations and on the lines that compute them. Rows are tokens: N = batch · time. In
+each pair, y is the result and dy = dL/dy the gradient that arrives at it.
 """
 
 import math
@@ -264,16 +263,12 @@ def check_attention(q, k, v, batch, heads):
 
 
 def check_targets(logits, targets, ignore_index):
-    """(targets, weight), both (N,) where the logits are: 0 for an ignored target, 1 / count for a counted one.
-
-    Targets on the host are checked and counted there, without synchronising a GPU.
-    """
+    """(targets, weight), both (N,) where the logits are: 0 for an ignored target, 1 / count for a counted one."""
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
         raise InputError(f"cross_entropy: logits {logits.shape} and targets {targets.shape}; expected (N, V) and (N,)")
     xp, host = array_module(logits), array_module(targets)
     counted = targets != ignore_index
-    count = int(counted.sum())
-    if count == 0:
+    if (count := int(counted.sum())) == 0:
         raise InputError(f"cross_entropy: every target is ignore_index ({ignore_index}); there is nothing to average")
     targets = host.where(counted, targets, 0)
     check_ids("cross_entropy", targets, logits.shape[1])

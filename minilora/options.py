@@ -37,8 +37,8 @@ def plain_value(owner: str, name: str, kind, default, value):
             value = tuple(map(typing.get_args(kind)[0], items) if typing.get_args(kind) else items)
         except (TypeError, ValueError):
             value = None
-    number, whole = type(value) in (int, float), type(value) is int
-    finite = number and 0 <= value <= sys.float_info.max
+    whole = type(value) is int
+    finite = (whole or type(value) is float) and 0 <= value <= sys.float_info.max
     fits, must = {
         int: (whole and 0 <= value < 2**32, "an integer of at least 0 and below 2³²"),
         float: (finite and (value > 0 or default == 0), "a finite number above 0" + ", or 0" * (default == 0)),

@@ -1,7 +1,4 @@
-"""Putting adapters into a model and taking them out again: adapt(), merge(), unload() and what they stand on.
-
-A model is changed in place, layer by layer, and every function here works for every method.
-"""
+"""Putting adapters into a model, in place and layer by layer: adapt(), alike for every method."""
 
 import zlib
 
@@ -38,9 +35,7 @@ def adapt(
     return model
 
 
-def plan(
-    model: Module, method: Adapter, target_modules="all-linear", rank_pattern=None, alpha_pattern=None
-) -> dict[str, Adapter]:
+def plan(model, method: Adapter, target_modules="all-linear", rank_pattern=None, alpha_pattern=None) -> dict:
     """The method of each layer that adapt() would adapt, by path. Raises its errors, and changes nothing."""
     chosen = choose(list(linear_layers(model)), method, target_modules, rank_pattern, alpha_pattern)
     check_plan(model, chosen)
@@ -109,37 +104,3 @@ def count_parameters(model: Module) -> tuple[int, int]:
     """(trainable, total) numbers, the adapters' own included; what layers share is counted once."""
     sizes = [(p.data.size if p.requires_grad else 0, p.data.size) for _, p in model.named_parameters()]
     return tuple(map(sum, zip(*sizes, strict=True)))
-
-
-def merge(model: Module) -> None:
-    """Fold each adapter into one weight for inference: no product more than the base model has."""
-    for layer in adapted_layers(model).values():
-        layer.merged = layer.method.merge(layer.base.W.data, layer.p)
-
-
-def unmerge(model: Module) -> None:
-    """Undo merge() exactly: the base weight was never touched, so it is the same to the bit."""
-    for layer in adapted_layers(model).values():
-        layer.merged = None
-
-
-def unload(model: Module) -> Module:
-    """Take the adapters out again: the base model with the weights it had before adapt(), frozen; returns the model."""
-    for name, layer in adapted_layers(model).items():
-        parent, attribute = parent_of(model, name)
-        layer.base.W.data = layer.original
-        setattr(parent, attribute, layer.base)
-    vars(model).pop("shared", None)
-    return model
-
-
-def merge_and_unload(model: Module) -> Module:
-    """Replace each adapted layer by a plain Linear with the merged weight; returns the model."""
-    for name, layer in adapted_layers(model).items():
-        parent, attribute = parent_of(model, name)
-        plain = Linear(layer.method.merge(layer.base.W.data, layer.p))
-        plain.b = layer.base.b
-        plain.freeze()
-        setattr(parent, attribute, plain)
-    vars(model).pop("shared", None)
-    return model

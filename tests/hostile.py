@@ -17,16 +17,16 @@ from safetensors import safe_open
 
 from minilora import methods
 from minilora.cli import main
-from minilora.errors import AdapterFormatError, FormatError
 from minilora.files.base import fingerprint, load_model, save_model
 from minilora.files.checkpoint import load_adapter, load_training, open_training, save_adapter, save_training
+from minilora.files.errors import AdapterFormatError, FormatError
 from minilora.files.gpt2 import load_gpt2, save_gpt2
 from minilora.files.peft import load_peft, save_peft
 from minilora.files.tensorfile import DIGEST, tensor_bytes
 from minilora.gpt import GPT, GPTConfig
 from minilora.lab import finetune
 from minilora.surgery import adapt
-from minilora.training.loop import History
+from minilora.training.history import History
 from minilora.training.optim import AdamW
 from minilora.training.trainer import train
 

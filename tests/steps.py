@@ -2,7 +2,8 @@
 
 from functools import partial
 
-from minilora.training.loop import History, loop
+from minilora.training.history import History
+from minilora.training.loop import loop
 from minilora.training.trainer import Options, accumulate_and_measure
 
 

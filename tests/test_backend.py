@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from minilora import ops
-from minilora.backend import array_module, device_module, to_device, to_host
+from minilora.backend import array_module, to_device, to_host
 from minilora.engine import Tensor
 from minilora.errors import InputError
+from minilora.placement import device_module
 
 pytestmark = pytest.mark.quick
 

@@ -9,9 +9,10 @@ from importlib import resources
 import numpy as np
 
 from ..backend import array_module, to_device, to_host
-from ..errors import FormatError, InputError, shown
+from ..errors import InputError, shown
 from ..gpt import GPT, GPTConfig
 from ..surgery import adapted_layers
+from .errors import FormatError
 from .tensorfile import DIGEST, TensorFile, described, read_arrays, require, write_tensors
 
 MODEL, FORMAT, TRAINING = "minilora model 1", "minilora adapter 2", "minilora training 1"

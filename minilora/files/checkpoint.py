@@ -11,10 +11,11 @@ import numpy as np
 
 from .. import methods
 from ..backend import array_module, to_device, to_host
-from ..errors import AdapterFormatError, InputError, nearest, shown
+from ..errors import InputError, nearest, shown
 from ..gpt import GPT
 from ..surgery import adapted_layers, check_plan, host, linear_layers, shared_shapes
 from .base import FORMAT, TRAINING, fingerprint, host_arrays
+from .errors import AdapterFormatError
 from .tensorfile import DIGEST, TensorFile, described, parse_json, read_arrays, require, write_tensors
 
 SERIES = ("loss", "lr", "grad_norm", "seconds")  # the lists of train.History

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from ..backend import array_module, to_device, to_host
-from ..errors import FormatError, InputError, shown_json
+from ..errors import InputError
 from ..gpt import GPT, GPTConfig
 from ..surgery import adapted_layers
+from .errors import FormatError, shown_json
 from .saving import writable_folder, write_together
 from .tensorfile import TensorFile, parse_json, read_arrays, read_bytes, tensor_bytes
 

@@ -17,9 +17,10 @@ import numpy as np
 from ..adapter import Adapter
 from ..backend import array_module, to_device, to_host
 from ..engine import Saved
-from ..errors import AdapterFormatError, InputError, nearest, shown, shown_json
+from ..errors import InputError, nearest, shown
 from ..gpt import GPT
 from ..surgery import adapted_layers, check_plan, host, linear_layers
+from .errors import AdapterFormatError, shown_json
 from .gpt2 import modules as gpt2_modules
 from .gpt2 import write_gpt2
 from .peft_config import CONFIG_BYTES, choices, endings, is_targeted, kinds, read_config, value_for

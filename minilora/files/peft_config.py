@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass, fields
 
 from .. import methods
-from ..errors import AdapterFormatError, nearest, shown, shown_json
+from ..errors import nearest, shown
+from .errors import AdapterFormatError, shown_json
 from .expressions import is_expression, matches_whole
 from .tensorfile import parse_json
 

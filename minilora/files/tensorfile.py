@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import FormatError, nearest, shown
+from ..errors import nearest, shown
 from ..gpt import GPT
+from .errors import FormatError
 from .saving import write_atomically
 
 HEADER_BYTES = 1 << 20  # a header of 100 MB would take 1 GB of memory to read; GPT-2 XL's 580 tensors need 60 KB

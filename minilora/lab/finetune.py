@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from ..data import CharTokenizer, fixed_batches, load_corpus, random_batches, read_text_file, split_text
-from ..errors import AdapterFormatError, InputError, Interrupted, TrainingStopped
+from ..errors import InputError, Interrupted, TrainingStopped
 from ..files.base import fingerprint, load_base
 from ..files.checkpoint import load_training, open_training, save_adapter, save_training, steps_taken
+from ..files.errors import AdapterFormatError
 from ..files.saving import writable_folder, write_atomically
 from ..surgery import adapt, plan
-from ..training.loop import History
+from ..training.history import History
 from ..training.optim import AdamW
 from ..training.trainer import evaluate, train
 from .settings import Settings, as_text

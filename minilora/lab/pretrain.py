@@ -9,7 +9,7 @@ import numpy as np
 
 from ..data import CharTokenizer, fixed_batches, load_corpus, random_batches
 from ..gpt import GPT, GPTConfig
-from ..training.loop import History
+from ..training.history import History
 from ..training.optim import AdamW
 from ..training.trainer import evaluate, train
 

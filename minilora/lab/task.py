@@ -6,9 +6,9 @@ from itertools import zip_longest
 
 import numpy as np
 
-from ..backend import device_module
 from ..data import CharTokenizer, fixed_batches, load_corpus, random_batches, split_text
 from ..files.base import load_base
+from ..placement import device_module
 from ..surgery import adapt
 from ..training.optim import AdamW
 from ..training.trainer import evaluate, train

@@ -51,10 +51,8 @@ def create(method: str | Adapter, /, **values) -> Adapter:
             have = ", ".join(known) or "none"
             raise InputError(f"{name} has no option {shown(key)}{nearest(key, known)}; its options: {have}")
     if given and values:
-        raise InputError(
-            f"{method} has its options already, and {', '.join(values)} would be ignored; "
-            f'give the name "{name}" with all its options, or dataclasses.replace(method, …)'
-        )
+        beside = f"{method} has its options already, and {', '.join(values)} would be ignored"
+        raise InputError(f'{beside}; give the name "{name}" with all its options')
     return method if given else get(method)(**values)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..backend import device_module
 from ..errors import InputError
+from ..placement import device_module
 
 INSTALL = (
     "pip install 'minilora[gpu13]' for driver 580 or newer, 'minilora[gpu12]' for 525 or newer (nvidia-smi shows it)"

@@ -15,9 +15,8 @@ from ..errors import InputError, TrainingStopped
 class Optimizer:
     """The flat buffers ``data`` and ``grad`` (P,) of all trained numbers; a subclass says how one step moves them.
 
-    ``params``: Parameters by name, as ``model.trainable()`` gives them. ``lr`` may be changed between steps;
-    a Parameter's ``lr_scale`` multiplies it. ``weight_decay`` is decoupled and touches matrices only, not vectors.
-    ``clip``: the gradient is scaled down to this norm where it is longer.
+    ``params``: Parameters by name, as ``model.trainable()`` gives them, each with an ``lr_scale``. ``weight_decay`` is
+    decoupled and acts on matrices only. ``clip``: the largest norm of the gradient, which is scaled down to it.
     Raises InputError for no parameters, several dtypes, or a hyper-parameter that is not finite and positive.
     """
 
@@ -27,8 +26,8 @@ class Optimizer:
         check_positive(lr=lr, clip=clip)
         check_positive(zero_allowed=True, weight_decay=weight_decay)
         tensors = list(params.values())
-        if len({t.dtype for t in tensors}) > 1:
-            raise InputError(f"optimizer: all parameters need one dtype, got {sorted({str(t.dtype) for t in tensors})}")
+        if len(dtypes := sorted({str(t.dtype) for t in tensors})) > 1:
+            raise InputError(f"optimizer: all parameters need one dtype, got {dtypes}")
         xp = array_module(*(t.data for t in tensors))
         self.lr, self.weight_decay, self.clip = lr, weight_decay, clip
         self.tensors, data = tensors, xp.concatenate([t.data.ravel() for t in tensors])
@@ -46,24 +45,12 @@ class Optimizer:
             self.views.append((t.data, t.node, t.node.grad))
             start = end
 
-    def check_belongs_to(self, model) -> None:
-        """Raises InputError where ``model`` trains other parameters than this optimizer moves."""
-        trained = {id(p) for p in model.trainable().values()}
-        if trained != {id(t) for t in self.tensors}:
-            raise InputError(
-                "this optimizer holds other parameters than the model trains; make it after adapt(), unload() or "
-                "freezing anything: AdamW(model.trainable(), lr)"
-            )
-        self.check_placed()
-
     def check_placed(self) -> None:
         """Raises InputError where a parameter's array or gradient has been replaced since the optimizer was made."""
         for t, (data, node, grad) in zip(self.tensors, self.views, strict=True):
             if t.data is not data or t.node is not node or node.grad is not grad:
-                raise InputError(
-                    "a parameter of this optimizer has been moved, frozen or replaced since the optimizer was made, so "
-                    "a step would train nothing; make the optimizer after model.to(), adapt() and loading"
-                )
+                what = "a parameter has been moved, frozen or replaced since this optimizer was made"
+                raise InputError(f"{what}; make the optimizer after model.to(), adapt() and loading")
 
     def spread(self, values):
         """One number per entry of ``data`` from one number per Parameter; a Python float where all are the same."""
@@ -78,10 +65,9 @@ class Optimizer:
             return self.grad @ self.grad
 
     def step(self, squared=None) -> float:
-        """Move the parameters against their gradients; returns the gradient's norm. zero() clears the gradients.
+        """Move the parameters against their gradients, which zero() clears; returns the gradient's norm.
 
-        ``squared``: the gradient's squared norm, where it is known. Raises TrainingStopped, with nothing moved, where
-        the gradient is not finite.
+        ``squared``: its square, where it is known. Raises TrainingStopped, with nothing moved, if it is not finite.
         """
         self.check_placed()
         norm = math.sqrt(float(self.squared_norm() if squared is None else squared))
@@ -103,7 +89,7 @@ class Optimizer:
         raise NotImplementedError
 
     def state(self) -> dict:
-        """The arrays, beside the parameters themselves, that the next step depends on; ``restore`` takes them back."""
+        """The arrays besides the parameters that the next step depends on; restore() takes them back."""
         return {}
 
     def restore(self, state: dict) -> None:

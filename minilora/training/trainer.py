@@ -10,7 +10,8 @@ from ..errors import InputError, nearest
 from ..memory import kept_bytes
 from ..nn import Module
 from .gradient import accumulate, count_targets
-from .loop import History, loop
+from .history import History
+from .loop import loop
 from .optim import Optimizer, check_positive
 from .progress import Progress
 from .schedule import warmup_cosine
@@ -46,7 +47,7 @@ def train(model: Module, optimizer: Optimizer, batches, steps, callbacks=(), his
     TrainingStopped, with the weights of the last good step in place, at a loss or gradient that is not finite.
     """
     how = read_options(steps, options)
-    optimizer.check_belongs_to(model)
+    check_belongs(optimizer, model)
     history = History() if history is None else history
     schedule = partial(warmup_cosine, steps=steps, lr=optimizer.lr, warmup=how.warmup, floor=how.floor)
     bar = Progress(steps, how.label, how.progress, done=len(history.loss))
@@ -56,6 +57,16 @@ def train(model: Module, optimizer: Optimizer, batches, steps, callbacks=(), his
     with gradient_of(model, optimizer, how, history) as gradient, bar, restored_rate(optimizer):
         loop(model, optimizer, iter(batches), steps, schedule, gradient, callbacks, history)
     return history
+
+
+def check_belongs(optimizer: Optimizer, model: Module) -> None:
+    """Raises InputError where ``model`` trains other parameters than the optimizer moves."""
+    if {id(p) for p in model.trainable().values()} != {id(t) for t in optimizer.tensors}:
+        raise InputError(
+            "this optimizer holds other parameters than the model trains; make it after adapt(), unload() or "
+            "freezing anything: AdamW(model.trainable(), lr)"
+        )
+    optimizer.check_placed()
 
 
 def read_options(steps, options) -> Options:

@@ -13,14 +13,16 @@ from untouched import assert_untouched, state
 from minilora import methods
 from minilora.backend import to_host
 from minilora.engine import no_grad
-from minilora.errors import AdapterFormatError, FormatError, InputError
+from minilora.errors import InputError
 from minilora.files import tensorfile as files
 from minilora.files.base import fingerprint, load_model, model_shapes, save_model
 from minilora.files.checkpoint import adapter_arrays, adapter_shapes, load_adapter, save_adapter
+from minilora.files.errors import AdapterFormatError, FormatError
 from minilora.files.saving import writable_folder
 from minilora.files.tensorfile import write_tensors
 from minilora.gpt import GPT, GPTConfig
-from minilora.surgery import adapt, adapted_layers, host, merge_and_unload, plan
+from minilora.merging import merge_and_unload
+from minilora.surgery import adapt, adapted_layers, host, plan
 from minilora.training.optim import AdamW
 from minilora.training.trainer import train
 

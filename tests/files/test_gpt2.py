@@ -11,8 +11,9 @@ from safetensors.numpy import load_file, save_file
 from tiny import TINY, base, logits
 
 from minilora.cli import main
-from minilora.errors import FormatError, InputError
+from minilora.errors import InputError
 from minilora.files.base import load_base, save_model
+from minilora.files.errors import FormatError
 from minilora.files.gpt2 import load_gpt2, modules, save_gpt2, tensors
 from minilora.surgery import adapt, linear_layers
 

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import methods
-from minilora.errors import AdapterFormatError
 from minilora.files.base import fingerprint
 from minilora.files.checkpoint import adapter_arrays, load_adapter, save_adapter
+from minilora.files.errors import AdapterFormatError
 from minilora.files.peft import load_peft
 
 for name in methods.names():  # imported before any test, which sees what a file makes imported

@@ -27,17 +27,19 @@ from untouched import assert_untouched, state
 from minilora import methods
 from minilora.adapter import InPeft
 from minilora.cli import main
-from minilora.errors import AdapterFormatError, InputError
+from minilora.errors import InputError
 from minilora.files import peft, peft_config, peft_parts
 from minilora.files import tensorfile as files
 from minilora.files.base import fingerprint, load_base, save_model
 from minilora.files.checkpoint import load_adapter, save_adapter
+from minilora.files.errors import AdapterFormatError
 from minilora.files.gpt2 import load_gpt2
 from minilora.files.peft import load_peft, save_peft, short_names
 from minilora.files.peft_config import endings
 from minilora.gpt import GPT, GPTConfig
+from minilora.merging import merge_and_unload, unload
 from minilora.nn import Linear, Module
-from minilora.surgery import adapt, adapted_layers, host, merge_and_unload, plan, unload
+from minilora.surgery import adapt, adapted_layers, host, plan
 from minilora.tools.peft_table import END, START, table
 from minilora.training.optim import AdamW
 from minilora.training.trainer import train

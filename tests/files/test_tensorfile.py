@@ -16,8 +16,9 @@ import pytest
 from runs import run_in_a_child
 from safetensors.numpy import save_file
 
-from minilora.errors import FormatError, InputError, shown
+from minilora.errors import InputError, shown
 from minilora.files import saving, tensorfile
+from minilora.files.errors import FormatError
 from minilora.files.saving import STALE, writable_folder, write_atomically, write_together
 from minilora.files.tensorfile import HEADER_BYTES, TensorFile, digest, parse_json, read_bytes, write_tensors
 

@@ -10,8 +10,8 @@ import warnings
 
 import pytest
 
-from minilora.backend import device_module
 from minilora.errors import InputError
+from minilora.placement import device_module
 from minilora.tools import devices
 
 STANDIN = os.environ.get("MINILORA_GPU") == "standin"

@@ -14,7 +14,7 @@ from standin_cupy import IMPLICIT, LIBRARY, ndarray, waits
 from minilora import GPT, AdamW, GPTConfig, adapt, backward, merge, methods, no_grad, train
 from minilora.backend import fetch, to_host
 from minilora.errors import InputError, TrainingStopped
-from minilora.surgery import unload
+from minilora.merging import unload
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,10 +19,11 @@ from runs import assert_same, make_inputs, run_in_a_child, state_of
 
 from minilora import GPT, methods
 from minilora.cli import main
-from minilora.errors import AdapterFormatError, InputError, Interrupted, TrainingStopped
+from minilora.errors import InputError, Interrupted, TrainingStopped
 from minilora.files import saving
 from minilora.files.base import load_model, save_model
 from minilora.files.checkpoint import load_adapter, open_training, steps_taken
+from minilora.files.errors import AdapterFormatError
 from minilora.files.tensorfile import TensorFile, write_tensors
 from minilora.lab import finetune
 from minilora.lab.settings import Settings

@@ -23,7 +23,8 @@ from minilora.files.base import fingerprint, load_base
 from minilora.files.checkpoint import load_adapter, save_adapter
 from minilora.files.gpt2 import load_gpt2, save_gpt2
 from minilora.files.peft import base_weights, layouts, load_peft, save_peft
-from minilora.surgery import adapted_layers, merge_and_unload
+from minilora.merging import merge_and_unload
+from minilora.surgery import adapted_layers
 
 REASON = "needs torch, PEFT and transformers: pip install 'minilora[oracle]'"
 torch = pytest.importorskip("torch", reason=REASON)

@@ -133,7 +133,7 @@ def install():
     """Put the stand-in in CuPy's place and let the library take a test's host arrays."""
     sys.modules["cupy"] = module()
     import minilora
-    from minilora import adapter, backend, elementary, engine, methods, nn, ops
+    from minilora import adapter, elementary, engine, methods, ops, placement
     from minilora.tools import gradcheck, trial
     from minilora.training import workers
 
@@ -148,7 +148,8 @@ def install():
         slot.__set__(self, device(array) if called_by_a_test() else array)
 
     Tensor.__init__, Tensor.data = on_the_device, property(slot.__get__, put)
-    nn.device_module = lambda name: backend.device_module({"cpu": "cuda"}.get(name, name))  # a test's .to("cpu") too
+    real = placement.device_module
+    placement.device_module = lambda name: real({"cpu": "cuda"}.get(name, name))  # a test's .to("cpu") too
     workers.usual_workers = lambda *args, **options: 1  # as on a GPU
     for place in (engine, ops, elementary, gradcheck):
         take_in_module(place)

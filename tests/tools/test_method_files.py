@@ -15,9 +15,9 @@ from test_contract import tiny_batches, tiny_model
 from minilora import GPT, AdamW, GPTConfig, InputError, adapt, methods
 from minilora.backend import to_host
 from minilora.cli import main
-from minilora.errors import AdapterFormatError
 from minilora.files.base import fingerprint, load_model, save_model
 from minilora.files.checkpoint import load_adapter, load_training, open_training, save_adapter, save_training
+from minilora.files.errors import AdapterFormatError
 from minilora.files.peft import load_peft
 from minilora.files.tensorfile import write_tensors
 from minilora.surgery import adapted_layers
@@ -25,7 +25,7 @@ from minilora.tools.contract import CHECKS, Case
 from minilora.tools.exercises import grade
 from minilora.tools.gradcheck import check_model, method_point
 from minilora.tools.methodfile import length
-from minilora.training.loop import History
+from minilora.training.history import History
 from minilora.training.trainer import train
 
 # ------------------------------------------------------------------------------------------- options of any type

@@ -20,7 +20,7 @@ from minilora.nn import Module, Parameter
 from minilora.surgery import adapt
 from minilora.training import loop, progress
 from minilora.training.gradient import accumulate
-from minilora.training.loop import History
+from minilora.training.history import History
 from minilora.training.optim import AdamW
 from minilora.training.schedule import warmup_cosine
 from minilora.training.sgd import SGD

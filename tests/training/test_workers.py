@@ -18,9 +18,10 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from minilora import GPT, AdamW, GPTConfig, adapt, methods
 from minilora.errors import InputError, TrainingStopped
 from minilora.memory import kept_bytes
-from minilora.surgery import adapted_layers, unload
+from minilora.merging import unload
+from minilora.surgery import adapted_layers
 from minilora.training.gradient import accumulate
-from minilora.training.loop import History
+from minilora.training.history import History
 from minilora.training.trainer import train
 from minilora.training.workers import Workers
 
