@@ -7,7 +7,9 @@ HOST = {
     "test_backend.py": "plays CuPy itself, with arrays that can do nothing",
     "test_budget.py": "reads files: lines, imports",
     "test_cli_page.py": "reads a page and what --help prints",
+    "test_conventions.py": "compares a page's numbers with NumPy's",
     "test_data.py": "texts and tokens, before there is an array of numbers",
+    "test_derivations.py": "reads pages and method files",
     "test_devices.py": "plays drivers and CuPy itself, to see which sentence is said",
     "test_exercises.py": "grades a file's lines on host arrays, whose values it watches",
     "test_tensorfile.py": "bytes on a disk, before an array of them is on a device",
@@ -15,6 +17,7 @@ HOST = {
     "test_hostile_folders.py": "files that are refused before an array of them is on a device",
     "test_fused.py": "has the stand-in, and NumPy beside it, by itself",
     "test_notebooks.py": "reads files, and runs what the notebooks say on the host",
+    "test_tables.py": "makes text and pictures from the method files",
     "test_workers.py": "worker processes share a host's memory, and a GPU refuses them",
     "test_progress.py": "a bar is text: there is no array in it",
     "test_recorded.py": "reads recorded files",
@@ -31,7 +34,7 @@ HOST = {
     "test_resume.py::test_a_signal_stops_between_two_steps_saves_and_says_how_to_go_on": "a process of its own",
     "test_standin.py": "has the stand-in by itself",
     "test_cli.py::test_device_cuda_without_cupy_is_one_clear_sentence": "there is no CuPy in it",
-    "test_derivations.py::test_code_blocks_that_count_the_plain_forms_bytes": (
+    "test_pages.py::test_code_blocks_that_count_the_plain_forms_bytes": (
         "bytes of the plain attention, half a GPU's"
     ),
     "test_gpt.py::test_recomputing_saves_what_arithmetic_says": "bytes of the plain attention, half a GPU's",
