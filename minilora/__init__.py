@@ -6,10 +6,12 @@ optimizer = minilora.AdamW(model.trainable(), lr=5e-3)
 minilora.train(model, optimizer, batches, steps=200)
 """
 
+from importlib.util import find_spec
+
 from . import elementary, methods, ops  # elementary gives Tensor its operators
 from .adapter import Adapter
 from .bank import Adapters
-from .engine import Tensor, backward, no_grad
+from .engine import Tensor, backward, no_grad, plain
 from .errors import InputError, TrainingStopped
 from .files.base import pretrained
 from .files.gpt2 import load_gpt2, save_gpt2
@@ -17,8 +19,11 @@ from .files.peft import load_peft, save_peft
 from .gpt import GPT, GPTConfig
 from .memory import kept_bytes, ledger
 from .surgery import adapt, count_parameters, merge, merge_and_unload, unload, unmerge
-from .training.loop import evaluate, train
 from .training.optim import SGD, AdamW
+from .training.trainer import evaluate, train
+
+if find_spec(f"{__name__}.fast"):
+    from . import fast as fast  # last: it registers faster forms of what is imported above
 
 __version__ = "0.1.0"
 
@@ -46,6 +51,7 @@ __all__ = [
     "methods",
     "no_grad",
     "ops",
+    "plain",
     "pretrained",
     "save_gpt2",
     "save_peft",

@@ -12,8 +12,6 @@ import numpy as np
 from .backend import array_module, to_device, to_host
 from .engine import Saved, Tensor, is_recording, record
 from .errors import InputError
-from .fast.shortcut import shortcut
-from .fast.thin import plain, rows
 from .nn import Linear, Module, Parameter
 
 
@@ -131,30 +129,24 @@ class AdaptedLinear(Module):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Raises InputError for a wrong shape, dtype or device, RuntimeError when a merged layer is trained."""
-        method, W, p = self.method, self.base.W.data, self.p
+        method, W, b = self.method, self.base.W.data, self.base.b
         if x.data.ndim != 2 or x.shape[1] != W.shape[1] or x.dtype != W.dtype:
             raise InputError(f"{method.name}: x is {x.dtype}{x.shape}; this layer takes {W.dtype} (N, {W.shape[1]})")
         array_module(x.data, W)
-        # With many rows, one product by the merged weight is less work than the method's own two: see shortcut.py.
-        short, many = shortcut(method), len(x.data) >= max(W.shape)
-        if self.merged is not None:
-            if is_recording():
-                raise RuntimeError("this layer is merged and would not train; call unmerge(model) first")
-            y, saved = x.data @ self.merged.T, {}
+        if self.merged is None:
+            y, saved = method.forward(x.data, W, self.p)
+        elif is_recording():
+            raise RuntimeError("this layer is merged and would not train; call unmerge(model) first")
         else:
-            y, saved = (short if short and many else method).forward(rows(x.data), W, p)
-            y, saved = plain(y), {name: plain(array, x.data) for name, array in saved.items()}
-        if self.base.b is not None:
-            y += self.base.b.data
-        trained, need_dx = {name: t for name, t in vars(self.arrays).items() if t.node}, x.requires_grad
+            y, saved = x.data @ self.merged.T, {}
+        if b is not None:
+            y = y + b.data  # not +=, since y may be one of the saved arrays
+        trained = self.arrays.trainable()
+        names = list(trained)
 
         def vjp(dy, saved):
-            dy, saved = rows(dy), Saved((name, rows(array)) for name, array in saved.items())
-            if short and (many or not need_dx):
-                dx, grads = short.backward(dy, saved, W, p, need_dx)
-            else:
-                dx, grads = method.backward(dy, saved, W, Saved((name, rows(array)) for name, array in p.items()))
-            return plain(dx), *(plain(grads[name]) for name in trained)
+            dx, grads = method.backward(dy, saved, self.base.W.data, self.p)
+            return dx, *(grads[name] for name in names)
 
         return record(method.name, y, saved, vjp, [x, *trained.values()])
 

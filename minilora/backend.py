@@ -4,9 +4,7 @@ The array decides, there is no global switch: ``array_module(x)`` is the library
 CuPy is imported only when a GPU is asked for or a CuPy array is met.
 """
 
-import ctypes
 import importlib
-import math
 import sys
 
 import numpy as np
@@ -79,46 +77,10 @@ def to_host(array) -> np.ndarray:
 
 
 def fetch(*numbers) -> list[float]:
-    """0-d arrays, or numbers, as floats: those of a GPU, which is waited for, in one transfer."""
+    """Numbers and 0-d arrays as floats; those of a GPU arrive in one device-to-host transfer."""
     there = [n for n in numbers if not isinstance(n, int | float | np.ndarray | np.generic)]
     if not there:
         return [float(n) for n in numbers]
     xp = array_module(*there)
     fetched = iter(xp.stack([n.astype(np.float64) for n in there]).get().tolist())
     return [next(fetched) if any(n is t for t in there) else float(n) for n in numbers]
-
-
-class Memory(np.ndarray):
-    """The bytes that an array of empty() lies in, with room to begin at a cache line."""
-
-
-def empty(shape, like):
-    """An array of ``shape``, not yet written, of the library and dtype of ``like``.
-
-    NumPy's begin at a cache line: with AVX-512, operations write there up to twice as fast as elsewhere.
-    """
-    size, line = math.prod(shape) * like.itemsize, 64
-    if not isinstance(like, np.ndarray) or size < 64 * line:
-        return array_module(like).empty(shape, like.dtype)
-    memory = np.ndarray.__new__(Memory, size + line, np.uint8)
-    offset = -memory.__array_interface__["data"][0] % line
-    return np.ndarray(shape, like.dtype, memory, offset)
-
-
-def keep_heap() -> bool:
-    """Tell glibc to keep freed memory in the process; returns whether that was possible.
-
-    A training step frees and allocates the same large arrays over and over. By default glibc gives them back to
-    the system each time, and faulting the pages in again costs a quarter to a third of a step. The setting holds
-    for the whole process, so it is made by the training loop and by nothing at import. Harmless without glibc.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # musl and others have no mallopt
-        return False
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    most, older_most = 2**31 - 1, 32 * 2**20  # an older glibc takes no mmap threshold above 32 MiB
-    mapped = mallopt(mmap_threshold, most) or mallopt(mmap_threshold, older_most)
-    return bool(mapped and mallopt(trim_threshold, most))

@@ -10,7 +10,6 @@ import sys
 
 from . import methods
 from .errors import InputError, Interrupted, TrainingStopped
-from .gpt import RECOMPUTED
 
 
 def main(argv=None) -> int:
@@ -182,8 +181,8 @@ def worker_flag(p, usual="as many as there are cores, at most 4; 1 where there i
 
 
 def recompute_flag(p):
-    help = "compute these again in backward instead of keeping them: " + ", ".join(RECOMPUTED)
-    p.add_argument("--recompute", nargs="+", default=[], metavar="WHAT", help=help)
+    help = "activation checkpointing: save each block's input alone, and compute the rest again in backward"
+    p.add_argument("--recompute", action="store_true", help=help)
 
 
 def workers(args):
@@ -329,14 +328,14 @@ def run_methods(args):
     print(json.dumps(entries, indent=1) if args.json else show(entries))
 
 
-def adapted_step(method, batch, recompute=()):
+def adapted_step(method, batch, recompute=False):
     """The shipped model with ``method``, and a batch (ids, targets) of the Folio."""
     from .data import CharTokenizer, fixed_batches, load_corpus
     from .files.base import pretrained
     from .surgery import adapt
 
     adapter = methods.create(method)
-    model = pretrained().recompute(*recompute)
+    model = pretrained().recompute(recompute)
     ids = CharTokenizer().encode(load_corpus("folio").val)
     return adapt(model, adapter, verbose=False), *fixed_batches(ids, batch, model.config.n_positions)[0]
 

@@ -15,6 +15,7 @@ from .backend import array_module
 from .errors import InputError
 
 _recording = ContextVar("minilora_recording", default=True)
+_plain = ContextVar("minilora_plain", default=False)
 
 
 class Node:
@@ -30,46 +31,29 @@ class Node:
 
 
 class Saved(dict):
-    """What a forward kept for its backward, or a layer's arrays: ``saved.x`` is ``saved["x"]``."""
+    """What a forward saved for its backward, or a layer's arrays: ``saved.x`` is ``saved["x"]``."""
 
-    __getattr__ = dict.__getitem__
-
-
-class Again:
-    """Stands in ``saved`` for the result of an operation that is computed again when backward asks for it.
-
-    The result then stays with the operation's own node, so that it is computed once for all who ask.
-    """
-
-    __slots__ = ("compute", "node")
-
-    def __init__(self, compute, node):
-        self.compute, self.node = compute, node
-
-    def __call__(self):
-        saved = self.node.saved
-        if "again" not in saved:
-            saved.update((k, v()) for k, v in [*saved.items()] if isinstance(v, Again))
-            saved["again"] = self.compute(saved)
-        return saved["again"]
+    def __getattr__(self, name):
+        if name in self:
+            return self[name]
+        raise AttributeError(f"there is no array {name!r}; there are {', '.join(self) or 'none'}")
 
 
 class Tensor:
     """An array (float or complex) and the Node that its gradient arrives at; ``node`` is None for a constant.
 
-    ``again`` is set where the array need not be kept, because its operation computes it again for who wants it.
     Raises InputError for integer or other data that has no gradient.
     """
 
-    __slots__ = ("again", "data", "node")
-    __array_ufunc__ = None  # array + Tensor is the Tensor's affair, not one object for each entry
+    __slots__ = ("data", "node")
+    __array_ufunc__ = None  # array + Tensor calls Tensor.__radd__, instead of making one object per entry
 
     def __init__(self, data, requires_grad=False, node=None):
         if isinstance(data, list | tuple | float):
             data = np.asarray(data)
         if array_module(data) and data.dtype.kind not in "fc":
             raise InputError(f"a Tensor holds floating-point data, got {data.dtype}; use .astype(np.float32) first")
-        self.data, self.again = data, None
+        self.data = data
         self.node = Node() if requires_grad else node
 
     shape = property(lambda self: self.data.shape)
@@ -88,52 +72,56 @@ class Operation:
     """A forward/backward pair on plain arrays, callable on Tensors.
 
     ``forward(need, *arrays, **constants) -> y, saved`` and ``backward(need, dy, saved) -> one gradient per array``.
-    ``need`` has a flag for each array by its name in forward's signature: keep and compute only what is asked for.
-    ``again(saved) -> y``, where there is one, is for a call with the constant ``recompute``: nobody then keeps y.
+    ``need`` has a flag for each array by its name in forward's signature: save and compute only what is asked for.
+    ``forms`` {"numpy" or "cupy": (forward, backward)}: faster pairs that compute the same, registered by ``fast/``.
     """
 
-    def __init__(self, forward, backward, again=None):
-        self.forward, self.backward, self.again = forward, backward, again
+    def __init__(self, forward, backward):
+        self.forward, self.backward, self.forms = forward, backward, {}
         self.name = forward.__name__.removesuffix("_forward")
         params = list(inspect.signature(forward).parameters.values())[1:]
         self.Need = namedtuple("Need", [p.name for p in params if p.kind is p.POSITIONAL_OR_KEYWORD])
 
     def __call__(self, *tensors, **constants) -> Tensor:
         """Raises InputError where dtypes or libraries differ, or shapes do not fit."""
-        given = [t for t in tensors if t is not None]
-        xp = array_module(*(t.data for t in given))
-        if len({t.dtype for t in given}) > 1:
-            raise InputError(f"{self.name}: all inputs need one dtype, got {', '.join(str(t.dtype) for t in given)}")
+        given = [t.data for t in tensors if t is not None]
+        array_module(*given)
+        if len({array.dtype for array in given}) > 1:
+            raise InputError(f"{self.name}: all inputs need one dtype, got {', '.join(str(a.dtype) for a in given)}")
         need = self.Need(*(t is not None and t.requires_grad and _recording.get() for t in tensors))
-        forward, vjp, again = self.parts(xp, given[0].dtype)
+        forward, backward = form(self.forms, given[0], (self.forward, self.backward))
         try:
             y, saved = forward(need, *(None if t is None else t.data for t in tensors), **constants)
         except InputError:
             raise
-        except ValueError as error:  # the array library's word on shapes and axes
+        except ValueError as error:  # NumPy's or CuPy's own error about shapes or axes
             raise InputError(f"{self.name}: {error}") from error
-        result = record(self.name, y, saved, lambda dy, saved: vjp(need, dy, saved), tensors)
-        if again and constants.get("recompute") and result.node:
-            result.again = Again(again, result.node)
-        return result
+        return record(self.name, y, saved, lambda dy, saved: backward(need, dy, saved), tensors)
 
-    def parts(self, xp, dtype):
-        """(forward, backward, again): on a GPU, where there are any, those that take few launches and mean the same."""
-        if xp is not np and dtype.kind != "c":
-            from .fast.fused import AGAIN, FUSED
 
-            if self.name in FUSED:
-                return *FUSED[self.name], AGAIN.get(self.name)
-        return self.forward, self.backward, self.again
+def form(forms: dict, array, plain):
+    """The faster form for the array's library, or ``plain`` where there is none, within plain(), or for complex."""
+    if _plain.get() or array.dtype.kind == "c":
+        return plain
+    return forms.get(array_module(array).__name__, plain)
+
+
+@contextmanager
+def plain():
+    """Within this context every operation, and the optimizer, uses its plain form: nothing of ``fast/`` runs."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
 
 
 def record(name, y, saved, vjp, tensors) -> Tensor:
-    """The result ``y`` as a Tensor; a node is made only where a gradient is wanted below it."""
+    """The result ``y`` as a Tensor. It gets a node only if one of ``tensors`` wants a gradient."""
     parents = [t.node if t is not None else None for t in tensors]
     if not _recording.get() or not any(parents):
         return Tensor(y)
-    again = {id(t.data): t.again for t in tensors if t is not None and t.again}
-    kept = Saved((k, again.get(id(v), v)) for k, v in saved.items() if v is not None)
+    kept = Saved((key, value) for key, value in saved.items() if value is not None)
     return Tensor(y, node=Node(name, vjp, kept, parents))
 
 
@@ -198,8 +186,7 @@ def gradients(loss: Tensor, dy=None) -> dict[Node, object]:
         if node.vjp is None:
             leaves[node] = dy
             continue
-        saved = Saved((k, v() if isinstance(v, Again) else v) for k, v in node.saved.items())
-        for parent, grad in zip(node.parents, node.vjp(dy, saved), strict=True):
+        for parent, grad in zip(node.parents, node.vjp(dy, node.saved), strict=True):
             if parent is not None:  # gradients are added, never assigned: a tensor that is used twice receives twice
                 arriving[parent] = arriving[parent] + grad if parent in arriving else grad
         node.vjp, node.saved, node.parents = _spent, None, ()

@@ -9,14 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .backend import array_module, to_host
-from .elementary import add
-from .engine import Tensor, no_grad
-from .errors import InputError, nearest
+from .engine import Tensor
+from .errors import InputError
 from .nn import LayerNorm, Linear, Module, Parameter
-from .ops import attention, check_ids, cross_entropy, dropout, embedding, gelu, linear
-
-RECOMPUTED = ("layer_norm", "gelu", "attention")  # what GPT.recompute() can leave out of memory
+from .ops import add, attention, check_ids, cross_entropy, dropout, embedding, gelu, linear
 
 
 @dataclass(frozen=True)
@@ -45,11 +41,12 @@ class Block(Module):
     """x + o(attention(q, k, v of norm(x))), then x + down(gelu(up(norm(x))))."""
 
     def __init__(self, config: GPTConfig, rng, dtype):
-        d, self.config, self.recompute = config.n_embd, config, frozenset()
-        # GPT-2: normal of deviation 0.02; the two layers that write to the residual stream are scaled down by depth.
-        normal = lambda d_out, d_in, std=0.02: Linear(
-            rng.normal(0.0, std, (d_out, d_in)).astype(dtype), np.zeros(d_out, dtype)
-        )
+        d, self.config = config.n_embd, config
+
+        def normal(d_out, d_in, std=0.02):
+            return Linear(rng.normal(0.0, std, (d_out, d_in)).astype(dtype), np.zeros(d_out, dtype))
+
+        # As in GPT-2, the two layers that write to the residual stream start smaller the deeper the model is.
         residual_std = 0.02 / math.sqrt(2 * config.n_layer)
         self.norm1 = LayerNorm(d, dtype)
         self.q, self.k, self.v = normal(d, d), normal(d, d), normal(d, d)
@@ -58,32 +55,22 @@ class Block(Module):
         self.up, self.down = normal(4 * d, d), normal(d, 4 * d, residual_std)
 
     def __call__(self, x, batch, rng=None, cache=None):  # x (N, d), N = batch * T
-        p = self.config.dropout if rng is not None else 0.0
-        drop = (lambda y: dropout(y, p=p, rng=rng)) if p else (lambda y: y)
-        again = self.recompute
-        h = self.norm1(x, "layer_norm" in again)  # (N, d)
+        h = self.norm1(x)  # (N, d)
         q, k, v = self.q(h), self.k(h), self.v(h)  # (N, d) each
         if cache is not None:
             k, v = cache.extend(k, v, batch)  # (batch * (past + T), d) each
-        y = attention(q, k, v, batch=batch, heads=self.config.n_head, recompute="attention" in again)
-        x = add(x, drop(self.o(y)))
-        h = self.norm2(x, "layer_norm" in again)
-        return add(x, drop(self.down(gelu(self.up(h), recompute="gelu" in again))))  # up: (N, 4 d)
+        y = attention(q, k, v, batch=batch, heads=self.config.n_head)  # (N, d)
+        x = add(x, self.drop(self.o(y), rng))
+        h = gelu(self.up(self.norm2(x)))  # (N, 4 d)
+        return add(x, self.drop(self.down(h), rng))
+
+    def drop(self, x, rng):
+        """Dropout where ``rng`` is given and the model has any."""
+        return dropout(x, p=self.config.dropout, rng=rng) if rng is not None and self.config.dropout else x
 
 
-class KeyValueCache:
-    """The keys and values of the tokens seen so far, of one block: arrays (batch, past, d)."""
-
-    def __init__(self):
-        self.k = self.v = None
-
-    def extend(self, k: Tensor, v: Tensor, batch):
-        xp, d = array_module(k.data), k.shape[1]
-        k, v = (a.data.reshape(batch, -1, d) for a in (k, v))
-        if self.k is not None:
-            k, v = xp.concatenate([self.k, k], axis=1), xp.concatenate([self.v, v], axis=1)
-        self.k, self.v = k, v
-        return Tensor(k.reshape(-1, d)), Tensor(v.reshape(-1, d))
+def run(block, x, *args):
+    return block(x, *args)
 
 
 class GPT(Module):
@@ -97,6 +84,7 @@ class GPT(Module):
         self.positions = Parameter(rng.normal(0.0, 0.02, (config.n_positions, config.n_embd)).astype(dtype))
         self.blocks = [Block(config, rng, dtype) for _ in range(config.n_layer)]
         self.norm = LayerNorm(config.n_embd, dtype)
+        self.run = run
 
     def __call__(self, ids, rng=None, caches=None) -> Tensor:
         """Logits (B * T, V) for ids (B, T). Dropout is applied where ``rng`` is given; ``caches`` are for sampling.
@@ -118,69 +106,27 @@ class GPT(Module):
         if rng is not None and self.config.dropout:
             x = dropout(x, p=self.config.dropout, rng=rng)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x = block(x, batch, rng, cache)
+            x = self.run(block, x, batch, rng, cache)
         return linear(self.norm(x), self.tokens, None)  # (N, V)
 
-    def recompute(self, *names):
-        """Compute these again in backward instead of keeping them; without names, keep everything. Returns the model.
+    def recompute(self, on=True):
+        """Activation checkpointing: save each block's input alone and compute the rest again in backward.
 
-        ``"layer_norm"`` and ``"gelu"``: their outputs; ``"attention"``: its probabilities. The gradients are the same,
-        on the CPU to the last bit; memory is less and a step takes longer. Raises InputError for another name.
+        The gradients are the same, on the CPU bit for bit; a step takes less memory and more time. Returns the model.
         """
-        for name in names:
-            if name not in RECOMPUTED:
-                known = ", ".join(RECOMPUTED)
-                raise InputError(f'recompute: unknown "{name}"{nearest(name, RECOMPUTED)}; there are {known}')
-        for block in self.blocks:
-            block.recompute = frozenset(names)
+        from .recompute import recompute
+
+        self.run = recompute if on else run
         return self
 
     def loss(self, ids, targets, rng=None) -> Tensor:
         """Mean cross-entropy in nats per token; ids and targets (B, T), a target of -100 does not count."""
         if targets.shape != ids.shape:
-            raise InputError(
-                f"GPT: ids have shape {ids.shape}, targets {targets.shape}; a target for each id is wanted"
-            )
+            raise InputError(f"GPT: ids have shape {ids.shape}, targets {targets.shape}; they must be the same")
         return cross_entropy(self(ids, rng), targets=targets.ravel())
 
     def generate(self, ids, n: int, temperature=1.0, top_k=None, rng=None):
-        """``n`` tokens after ids (B, T): returns (B, n) on the host. Greedy at temperature 0.
+        """``n`` tokens after ids (B, T), as (B, n) on the host; see sampling.generate()."""
+        from .sampling import generate
 
-        Keys and values are kept, so a new token costs one row. Where the context is full, the later half of it is
-        read again and sampling goes on. ``rng``: a NumPy Generator or a seed.
-        Raises InputError for n < 1, a negative temperature, or top_k outside 1 … vocab_size.
-        """
-        if ids.ndim != 2:
-            raise InputError(f"generate: ids have shape {ids.shape}; expected (batch, time)")
-        if ids.size == 0:
-            raise InputError("generate: the prompt is empty; give at least one token to go on from")
-        if n < 1:
-            raise InputError(f"generate: n is {n}; ask for at least one token")
-        if not (math.isfinite(temperature) and temperature >= 0.0):
-            raise InputError(f"generate: temperature is {temperature}; it must be finite, 0 (greedy) or above")
-        if top_k is not None and not 1 <= top_k <= self.config.vocab_size:
-            raise InputError(f"generate: top_k is {top_k}; it must lie in 1 … {self.config.vocab_size}")
-        rng = np.random.default_rng(rng)
-        ids, context = to_host(ids), self.config.n_positions
-        new, caches = ids[:, -context:], [KeyValueCache() for _ in self.blocks]
-        with no_grad():
-            for _ in range(n):
-                logits = self(new, caches=caches).data.reshape(*new.shape, -1)[:, -1]
-                token = sample(to_host(logits), temperature, top_k, rng)
-                ids, new = np.concatenate([ids, token[:, None]], axis=1), token[:, None]
-                if caches[0].k.shape[1] == context:
-                    new, caches = ids[:, -max(1, context // 2) :], [KeyValueCache() for _ in self.blocks]
-        return ids[:, -n:]
-
-
-def sample(logits, temperature, top_k, rng):
-    """One token for each row of host logits (B, V): the best at temperature 0, else drawn among the top_k."""
-    if temperature == 0.0:
-        return logits.argmax(axis=1)
-    if top_k is not None:
-        kth = np.partition(logits, -top_k, axis=1)[:, -top_k, None]
-        logits = np.where(logits < kth, -np.inf, logits)
-    # Gumbel-max: the largest of logits / temperature + Gumbel noise is a draw from their softmax.
-    with np.errstate(over="ignore"):  # at a temperature near 0 all but the best become −∞, which is right
-        scaled = (logits - logits.max(axis=1, keepdims=True)) / temperature
-    return (scaled + rng.gumbel(size=logits.shape)).argmax(axis=1)
+        return generate(self, ids, n, temperature, top_k, rng)

@@ -6,7 +6,6 @@ what the allocator says.
 
 from dataclasses import dataclass
 
-from .backend import Memory
 from .engine import Tensor, nodes_of
 
 
@@ -22,7 +21,7 @@ class Entry:
 
 def owner(array):
     """The array that owns the memory of a view."""
-    while hasattr(base := getattr(array, "base", None), "nbytes") and not isinstance(base, Memory):
+    while type(getattr(array, "base", None)) is type(array):
         array = array.base
     return array
 

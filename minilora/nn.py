@@ -61,8 +61,15 @@ class Module:
     def to(self, device: str):
         """Move every array to "cpu" or "cuda"; returns the module. Raises InputError without CuPy or GPU."""
         xp, moved = device_module(device), {}
-        # What is one array stays one, however many refer to it.
-        move = lambda array: None if array is None else moved.setdefault(id(array), (to_device(array, xp), array))[0]
+
+        def move(array):
+            """The array on the device: once for all that refer to it, so that what is one array stays one."""
+            if array is None:
+                return None
+            if id(array) not in moved:
+                moved[id(array)] = to_device(array, xp), array  # with the array, whose id is then nobody else's
+            return moved[id(array)][0]
+
         for _, p in self.named_parameters():
             p.data = move(p.data)
             if p.node is not None:
@@ -96,5 +103,5 @@ class LayerNorm(Module):
     def __init__(self, d: int, dtype=np.float32):
         self.g, self.b = Parameter(np.ones(d, dtype)), Parameter(np.zeros(d, dtype))
 
-    def __call__(self, x: Tensor, recompute=False) -> Tensor:
-        return layer_norm(x, self.g, self.b, recompute=recompute)
+    def __call__(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.g, self.b)

@@ -21,7 +21,7 @@ from minilora.files.checkpoint import load_adapter, save_adapter
 from minilora.files.peft import load_peft, save_peft
 from minilora.gpt import GPT, GPTConfig
 from minilora.surgery import adapted_layers, linear_layers
-from minilora.training.loop import train
+from minilora.training.trainer import train
 
 METHODS = methods.names()
 every_method = pytest.mark.parametrize("name", METHODS)

@@ -19,7 +19,7 @@ from minilora.engine import Saved
 from minilora.nn import Linear
 from minilora.surgery import adapted_layers
 from minilora.tools.gradcheck import check_method, method_point
-from minilora.training.loop import train
+from minilora.training.trainer import train
 
 METHODS = methods.names()
 SIZES = {"N": 5, "d_in": 7, "d_out": 6, "r": 3}  # all different, so that no axis can stand in for another

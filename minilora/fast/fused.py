@@ -11,11 +11,10 @@ its threads along such an input, and they would read the rows across.
 import math
 from functools import cache
 
-import numpy as np
-
 from .. import ops
-from ..backend import array_module, empty, to_device, to_host
-from .blocked import split_heads
+from ..backend import array_module
+from ..ops import join_heads, split_heads
+from ..training.optim import AdamW
 
 MOMENTS = """
 struct Moments {  // of n entries: their mean, and the sum of the squares of their distances from it
@@ -72,7 +71,6 @@ ELEMENTWISE = {
         y = g * x_hat + b;  // F3
         """,
     ),
-    "layer_norm_again": ("T x_hat, T g, T b", "T y", "y = g * x_hat + b;  // F3"),
     "layer_norm_dx": (
         "T dy, T x_hat, T g, T r, T mean, T along",
         "T dx",
@@ -88,9 +86,9 @@ ELEMENTWISE = {
         "T logit, T top, T total, I target, T weight, int64 width",
         "T p, raw T loss",
         """
-        p = exp(logit - top) / total;  // F1
+        p = weight == T(0) ? T(0) : exp(logit - top) / total;  // F1; an ignored row may hold anything
         if (i % width == target)
-          loss[i / width] = weight * (log(total) - (logit - top));  // F2
+          loss[i / width] = weight == T(0) ? T(0) : weight * (log(total) - (logit - top));  // F2
         """,
     ),
     "cross_entropy_dlogits": (
@@ -168,6 +166,10 @@ def launch(name, *arrays, like, **where):
     return kernel(array_module(like), name)(*arrays, **where)
 
 
+def empty(shape, like):
+    return array_module(like).empty(shape, like.dtype)
+
+
 def per_row(name, *arrays, like):
     """Two numbers for each row of ``like`` (…, d), its last axis reduced: two arrays (…, 1)."""
     first, second = (empty((*like.shape[:-1], 1), like) for _ in range(2))
@@ -175,16 +177,18 @@ def per_row(name, *arrays, like):
     return first, second
 
 
-def layer_norm_forward(need, x, g, b, *, eps=1e-5, recompute=False):
+def layer_norm_forward(need, x, g, b, *, eps=1e-5):
     """F1 in one launch, F2 and F3 in another: y, and x̂ where it is kept, (N, d)."""
-    if x.ndim != 2 or g.shape != x.shape[1:] or b.shape != g.shape:
-        return ops.layer_norm_forward(need, x, g, b)  # it says what does not fit
+    ops.check_layer_norm(x, g, b)
     mean, r = per_row("layer_norm_moments", x, eps, like=x)  # F1
     y = empty(x.shape, x)
     x_hat = empty(x.shape, x) if any(need) else y
     launch("layer_norm", x, mean, r, g, b, x_hat, y, like=x)  # F2, F3
-    kept = {"x_hat": x_hat if need.x or need.g else None, "r": r if need.x else None, "g": g if need.x else None}
-    return y, kept | ({"x_hat": x_hat, "g": g, "b": b} if recompute else {})
+    return y, {
+        "x_hat": x_hat if need.x or need.g else None,
+        "r": r if need.x else None,
+        "g": g if need.x else None,
+    }
 
 
 def layer_norm_backward(need, dy, saved):
@@ -199,50 +203,26 @@ def layer_norm_backward(need, dy, saved):
     return dx, dg, db
 
 
-def layer_norm_again(saved):
-    """F3 as in the forward pass, to the bit."""
-    y = empty(saved.x_hat.shape, saved.x_hat)
-    launch("layer_norm_again", saved.x_hat, saved.g, saved.b, y, like=y)
-    return y
-
-
-def gelu_forward(need, x, *, recompute=False):
-    """F1, F2 and B1 in one launch: y, and dy/dx where it is kept."""
-    y, slope = empty(x.shape, x), empty(x.shape, x) if need.x and not recompute else None
+def gelu_forward(need, x):
+    """F1, F2 and B1 in one launch: y, and dy/dx where it is saved."""
+    y, slope = empty(x.shape, x), empty(x.shape, x) if need.x else None
     if slope is None:
         launch("gelu", x, y, like=x)
     else:
         launch("gelu_and_slope", x, y, slope, like=x)
-    return y, {"slope": slope, "x": x if need.x and recompute else None}
+    return y, {"slope": slope}
 
 
-def gelu_backward(need, dy, saved):
-    """B2, with dy/dx from x in the same launch where it was not kept."""
-    if "slope" in saved:
-        return (dy * saved.slope,)  # B2
-    dx = empty(dy.shape, dy)
-    launch("gelu_dx", dy, saved.x, dx, like=dy)
-    return (dx,)
-
-
-def gelu_again(saved):
-    """F1 and F2 again; dy/dx is left to backward."""
-    return gelu_forward(ops.gelu.Need(x=False), saved.x)[0]
-
-
-def attention_forward(need, q, k, v, *, batch, heads, block=64, recompute=False):
+def attention_forward(need, q, k, v, *, batch, heads):
     """All heads of all samples at once, with the queries down and the keys across, so that a softmax runs along a row:
     F1  S = q kᵀ / √e   (batch, heads, Tq, T)         F2  P = softmax_T S where a query sees the key, else 0
     F3  y = P v         (batch, heads, Tq, e)
-    Three launches from S to P; ``block`` is the plain form's and changes nothing here.
+    Three launches from S to P.
     """
-    fits = q.ndim == 2 and k.ndim == 2 and k.shape == v.shape and q.shape[1] == k.shape[1] and 0 < len(q) <= len(k)
-    if not fits or batch < 1 or heads < 1 or len(q) % batch or len(k) % batch or q.shape[1] % heads:
-        return ops.attention_forward(need, q, k, v, batch=batch, heads=heads)  # it says what does not fit
+    ops.check_attention(q, k, v, batch, heads)
     P = probabilities(q, k, batch, heads)
     y = join_heads(array_module(q).matmul(P, split_heads(v, batch, heads)))  # F3
-    kept = P if any(need) and not recompute else None
-    return y, {"q": q, "k": k, "v": v, "P": kept, "how": (batch, heads, block, recompute)}
+    return y, {"q": q, "k": k, "v": v, "P": P if any(need) else None, "batch": batch, "heads": heads}
 
 
 def probabilities(q, k, batch, heads):
@@ -262,9 +242,8 @@ def attention_backward(need, dy, saved):
     B4  dq = dS k / √e     B5  dk = (qᵀ dS)ᵀ / √e    the √e is taken in B3
     Never Pᵀ or dSᵀ: a batched product copies what is not contiguous, and these are the large ones.
     """
-    xp, (batch, heads, _, recompute) = array_module(dy), saved.how
-    q_, k_, v_, dy_ = (split_heads(a, batch, heads) for a in (saved.q, saved.k, saved.v, dy))
-    P = probabilities(saved.q, saved.k, batch, heads) if recompute else saved.P
+    xp, P = array_module(dy), saved.P
+    q_, k_, v_, dy_ = (split_heads(a, saved.batch, saved.heads) for a in (saved.q, saved.k, saved.v, dy))
     dv = join_heads(xp.matmul(dy_.swapaxes(-1, -2), P).swapaxes(-1, -2)) if need.v else None  # B1
     if not (need.q or need.k):
         return None, None, dv
@@ -277,28 +256,16 @@ def attention_backward(need, dy, saved):
     return dq, dk, dv
 
 
-def join_heads(a):
-    """(batch, heads, T, e) as (batch · T, heads · e), in memory of its own."""
-    batch, heads, T, e = a.shape
-    return a.transpose(0, 2, 1, 3).reshape(batch * T, heads * e)
-
-
 def cross_entropy_forward(need, logits, *, targets, ignore_index=ops.IGNORE_INDEX):
     """The rows' largest logits and sums in one launch; p (N, V) and each row's part of the loss in another; their sum.
     The targets are checked and counted on the host, where they had better lie: a device that holds them is waited for.
     """
-    host = to_host(targets)
-    counted = host != ignore_index
-    fits = logits.ndim == 2 and host.shape == logits.shape[:1] and host.dtype.kind in "iu" and counted.any()
-    if not fits or host[counted].min() < 0 or host[counted].max() >= logits.shape[1]:
-        return ops.cross_entropy_forward(need, logits, targets=targets, ignore_index=ignore_index)  # it says why
-    xp, V = array_module(logits), logits.shape[1]
-    target = to_device(np.where(counted, host, 0), xp)
-    weight = to_device((counted / counted.sum()).astype(logits.dtype), xp)  # 0 for a row that does not count
-    p, loss = empty(logits.shape, logits), empty(host.shape, logits)
+    targets, weight = ops.check_targets(logits, targets, ignore_index)
+    V = logits.shape[1]
+    p, loss = empty(logits.shape, logits), empty(targets.shape, logits)
     top, total = per_row("softmax_all", logits, like=logits)
-    launch("cross_entropy", logits, top, total, target[:, None], weight[:, None], V, p, loss, like=logits)  # F1, F2
-    return loss.sum(), {"p": p, "targets": target, "weight": weight}
+    launch("cross_entropy", logits, top, total, targets[:, None], weight[:, None], V, p, loss, like=logits)  # F1, F2
+    return loss.sum(), {"p": p, "targets": targets, "weight": weight}
 
 
 def cross_entropy_backward(need, dy, saved):
@@ -318,10 +285,8 @@ def adamw(optimizer):
     launch("adamw", o.grad, o.lr_scale, *numbers, o.m, o.v, o.data, like=o.data)
 
 
-FUSED = {
-    "layer_norm": (layer_norm_forward, layer_norm_backward),
-    "gelu": (gelu_forward, gelu_backward),
-    "attention": (attention_forward, attention_backward),
-    "cross_entropy": (cross_entropy_forward, cross_entropy_backward),
-}
-AGAIN = {"layer_norm": layer_norm_again, "gelu": gelu_again}
+ops.layer_norm.forms["cupy"] = layer_norm_forward, layer_norm_backward
+ops.gelu.forms["cupy"] = gelu_forward, ops.gelu_backward
+ops.attention.forms["cupy"] = attention_forward, attention_backward
+ops.cross_entropy.forms["cupy"] = cross_entropy_forward, cross_entropy_backward
+AdamW.forms["cupy"] = adamw

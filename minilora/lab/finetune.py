@@ -22,8 +22,9 @@ from ..files.base import fingerprint, load_base
 from ..files.checkpoint import load_training, open_training, save_adapter, save_training, steps_taken
 from ..files.saving import writable_folder, write_atomically
 from ..surgery import adapt, plan
-from ..training.loop import History, evaluate, train
+from ..training.loop import History
 from ..training.optim import AdamW, check_positive
+from ..training.trainer import evaluate, train
 from .task import PROMPT, learning_rate, side_by_side, write_sample
 
 ADAPTER, CHECKPOINT, HISTORY = "adapter.safetensors", "checkpoint.safetensors", "history.json"
@@ -54,7 +55,7 @@ class Settings:
     workers: int
     blas_threads: int
     micro_batches: int
-    recompute: list
+    recompute: bool
     every: int
 
     @classmethod
@@ -77,7 +78,7 @@ class Settings:
 def finetune(
     method, targets="all-linear", data=None, replace=None, steps=150, lr=None, batch=8, warmup=20, weight_decay=0.0,
     clip=1.0, out="runs/train", base=None, seed=0, device="cpu", progress=None, report=print,
-    workers=1, micro_batches=1, recompute=(), every=25, overwrite=False,
+    workers=1, micro_batches=1, recompute=False, every=25, overwrite=False,
 ):  # fmt: skip
     """Fine-tune with ``method``, an Adapter; write adapter.safetensors, history.json and checkpoints into ``out``.
 
@@ -94,7 +95,7 @@ def finetune(
         lr=learning_rate(method.name) if lr is None else lr, batch=batch, warmup=min(warmup, steps // 2),
         weight_decay=weight_decay, clip=clip, base=None if base is None else str(Path(base).resolve()), seed=seed,
         device=device, workers=workers, blas_threads=blas_threads(), micro_batches=micro_batches,
-        recompute=list(recompute), every=every,
+        recompute=recompute, every=every,
     )  # fmt: skip
     return run(settings, Path(out), None, overwrite, progress, report)
 
@@ -128,7 +129,7 @@ def run(settings: Settings, folder: Path, file, overwrite, progress, report):
         raise InputError(f"the text {settings.data or 'that is shipped'} is not the one that this run began with")
     tokenizer = CharTokenizer()
     model = load_base(settings.base, tokenizer.vocab_size)
-    model.recompute(*settings.recompute)
+    model.recompute(settings.recompute)
     context, rng, history = model.config.n_positions, np.random.default_rng(settings.seed), History()
     batches = random_batches(tokenizer.encode(corpus.train), settings.batch, context, rng)
     held_out = fixed_batches(tokenizer.encode(corpus.val), 32, context, limit=128)
@@ -155,7 +156,7 @@ def run(settings: Settings, folder: Path, file, overwrite, progress, report):
         try:
             train(
                 model, optimizer, batches, settings.steps, settings.warmup, label=method.name, progress=progress,
-                callback=Checkpoints(folder, settings, save, signals, len(history.loss)),
+                callbacks=[Checkpoints(folder, settings, save, signals, len(history.loss))],
                 micro_batches=settings.micro_batches, workers=settings.workers, history=history,
             )  # fmt: skip
         except TrainingStopped as stop:

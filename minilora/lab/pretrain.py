@@ -9,8 +9,9 @@ import numpy as np
 
 from ..data import CharTokenizer, fixed_batches, load_corpus, random_batches
 from ..gpt import GPT, GPTConfig
-from ..training.loop import History, evaluate, train
+from ..training.loop import History
 from ..training.optim import AdamW
+from ..training.trainer import evaluate, train
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def pretrain(recipe=Recipe(), device="cpu", progress=None, every=250, report=pri
 
     batches = random_batches(train_ids, recipe.batch, context, rng)
     history = train(
-        model, optimizer, batches, recipe.steps, recipe.warmup, rng=rng, callback=callback,
+        model, optimizer, batches, recipe.steps, recipe.warmup, rng=rng, callbacks=[callback],
         label="pretrain", progress=progress, workers=workers,
     )  # fmt: skip
     return model, history

@@ -9,8 +9,8 @@ from ..backend import device_module
 from ..data import CharTokenizer, fixed_batches, load_corpus, random_batches, split_text
 from ..files.base import load_base
 from ..surgery import adapt
-from ..training.loop import evaluate, train
 from ..training.optim import AdamW
+from ..training.trainer import evaluate, train
 
 PROMPT = "Enter Macbeth and his Lady.\n\n"
 
@@ -76,7 +76,7 @@ def tune(task: Task, method, steps, lr, batch, seed, progress=None, workers=1):
 
     warmup = min(20, steps // 5)
     history = train(
-        model, optimizer, batches, steps, warmup, callback=callback, label=method.name, progress=progress,
+        model, optimizer, batches, steps, warmup, callbacks=[callback], label=method.name, progress=progress,
         workers=workers,
     )  # fmt: skip
     return model, history, curve

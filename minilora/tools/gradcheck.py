@@ -271,12 +271,12 @@ def check_operations(seed=0, ops=None) -> list[Report]:
     return [
         check_operation(ops.linear, {"x": draw(5, 4), "W": draw(3, 4), "b": draw(3)}),
         check_operation(ops.linear, {"x": draw(5, 4), "W": draw(3, 4)}, "linear without bias"),
+        check_operation(ops.add, {"x": draw(5, 4), "y": draw(5, 4)}),
         check_operation(ops.embedding, {"table": draw(6, 3)}, ids=ids),
         check_operation(ops.layer_norm, {"x": draw(4, 6), "g": draw(6), "b": draw(6)}),
         check_operation(ops.gelu, {"x": 2.0 * draw(5, 6)}),
         check_operation(ops.attention, qkv, batch=2, heads=3),
         check_operation(ops.attention, short, "attention, 2 queries on 5 keys", batch=2, heads=2),
-        check_operation(ops.attention, qkv, "attention, 2 queries at a time", batch=2, heads=3, block=2),
         check_operation(ops.cross_entropy, {"logits": draw(6, 5)}, targets=targets),
         check_operation(Operation(dropout, ops.dropout_backward), {"x": draw(5, 4)}, "dropout, one fixed mask"),
     ]

@@ -41,6 +41,7 @@ class Trial:
         params = trial.layer.arrays.trainable()
         optimizer = AdamW(params, lr, eps=eps) if adam else SGD(params, lr)
         for _ in range(steps):
+            optimizer.zero()
             y = trial.layer(Tensor(trial.x))
             backward(y, y.data - trial.c)
             optimizer.step()

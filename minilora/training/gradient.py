@@ -1,46 +1,34 @@
-"""The gradient of one batch: forward and backward over its micro-batches, added up in the parameters."""
-
-import math
+"""The gradient of one batch, added up over its micro-batches (gradient accumulation)."""
 
 import numpy as np
 
 from ..backend import array_module
 from ..engine import backward
-from ..errors import InputError, TrainingStopped
-from ..memory import kept_bytes
+from ..errors import InputError
 from ..ops import IGNORE_INDEX
 
 
-def accumulate(model, ids, targets, rng=None, micro_batches=1, total=None, measure=False):
-    """Add the gradient of the mean loss to every leaf: (loss, bytes kept for backward at most, 0 unless ``measure``).
+def accumulate(model, ids, targets, rng=None, micro_batches=1, total=None, watch=None):
+    """Add the gradient of the mean loss to every trained parameter; returns the loss, a number or a device scalar.
 
-    The sequences are taken in ``micro_batches`` parts, one after another: a mean is a weighted sum of the parts'
-    means, so the gradient is the same, and only one part is in memory at a time. ``total``: the number of targets
-    that the mean is over, where these are not all of them. On a GPU the loss stays there, as an array, unchecked.
-    Raises InputError for fewer than 1 or more parts than sequences, TrainingStopped at a loss that is not finite.
+    The sequences are taken in ``micro_batches`` parts, one after another. A mean is a weighted sum of the parts' means,
+    so the gradient is the same, and only one part's activations are in memory at a time. ``total``: the number of
+    targets that the mean is over, where these are not all of them. ``watch(loss)`` sees each part's loss before
+    backward frees its graph. Raises InputError for fewer than 1 or more parts than sequences.
     """
     check_parts(micro_batches, len(ids))
-    total, value, kept = count_targets(targets) if total is None else total, 0.0, 0
+    total, value = count_targets(targets) if total is None else total, 0.0
     for part in split(len(ids), micro_batches):
         share = count_targets(targets[part]) / max(1, total)
         if total and not share:
             continue
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported below, in words
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # the loop reports what is not finite
             loss = model.loss(ids[part], targets[part], rng)
-        if array_module(loss.data) is np:
-            value += share * float(loss.data)
-            check_loss(value)
-        else:
+            if watch is not None:
+                watch(loss)
             value = value + share * loss.data.astype(np.float64)
-        kept = max(kept, kept_bytes(loss, model)) if measure else 0
-        with np.errstate(over="ignore", invalid="ignore"):
             backward(loss, array_module(loss.data).asarray(share, loss.dtype))
-    return value, kept
-
-
-def check_loss(value):
-    if not math.isfinite(value):
-        raise TrainingStopped(f"the loss is {value}; lower the learning rate or look at the data")
+    return value
 
 
 def check_parts(micro_batches, n):

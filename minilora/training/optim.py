@@ -8,8 +8,8 @@ import math
 import numpy as np
 
 from ..backend import array_module
+from ..engine import form
 from ..errors import InputError, TrainingStopped
-from ..fast.blocked import block_of, row_blocks
 
 
 class Optimizer:
@@ -33,41 +33,70 @@ class Optimizer:
         self.lr, self.weight_decay, self.clip = lr, weight_decay, clip
         self.tensors, data = tensors, xp.concatenate([t.data.ravel() for t in tensors])
         self.place(data, xp.zeros_like(data))
-        spread = lambda values: _spread(xp, values, tensors, self.data.dtype)
-        self.lr_scale = spread([t.lr_scale for t in tensors])
-        self.decayed = spread([float(t.data.ndim >= 2) for t in tensors])
+        self.lr_scale = self.spread([t.lr_scale for t in tensors])
+        self.decayed = self.spread([float(t.data.ndim >= 2) for t in tensors])
 
     def place(self, data, grad):
         """Let every trained array be a view of ``data`` (P,), and its gradient one of ``grad`` (P,)."""
-        self.data, self.grad, start = data, grad, 0
+        self.data, self.grad, self.views, start = data, grad, [], 0
         for t in self.tensors:
             end = start + t.data.size
             t.data = data[start:end].reshape(t.shape)
             t.node.grad = grad[start:end].reshape(t.shape)  # backward adds into the flat buffer
+            self.views.append((t.data, t.node, t.node.grad))
             start = end
 
+    def check_belongs_to(self, model) -> None:
+        """Raises InputError where ``model`` trains other parameters than this optimizer moves."""
+        trained = {id(p) for p in model.trainable().values()}
+        if trained != {id(t) for t in self.tensors}:
+            raise InputError(
+                "this optimizer holds other parameters than the model trains; make it after adapt(), unload() or "
+                "freezing anything: AdamW(model.trainable(), lr)"
+            )
+        self.check_placed()
+
+    def check_placed(self) -> None:
+        """Raises InputError where a parameter's array or gradient has been replaced since the optimizer was made."""
+        for t, (data, node, grad) in zip(self.tensors, self.views, strict=True):
+            if t.data is not data or t.node is not node or node.grad is not grad:
+                raise InputError(
+                    "a parameter of this optimizer has been moved, frozen or replaced since the optimizer was made, so "
+                    "a step would train nothing; make the optimizer after model.to(), adapt() and loading"
+                )
+
+    def spread(self, values):
+        """One number per entry of ``data`` from one number per Parameter; a Python float where all are the same."""
+        if len(set(values)) == 1:
+            return values[0]
+        xp, dtype = array_module(self.data), self.data.dtype
+        return xp.concatenate([xp.full(t.data.size, v, dtype) for v, t in zip(values, self.tensors, strict=True)])
+
     def squared_norm(self):
-        """The gradient's squared length; on a GPU an array there, not waited for."""
+        """The gradient's squared norm; on a GPU a device scalar, which does not synchronise."""
         with np.errstate(over="ignore"):  # an overflow is reported by step(), in words
             return self.grad @ self.grad
 
     def step(self, squared=None) -> float:
-        """Move the parameters against their gradients, clear the gradients, return the gradient's norm.
+        """Move the parameters against their gradients; returns the gradient's norm. zero() clears the gradients.
 
         ``squared``: the gradient's squared norm, where it is known. Raises TrainingStopped, with nothing moved, where
         the gradient is not finite.
         """
+        self.check_placed()
         norm = math.sqrt(float(self.squared_norm() if squared is None else squared))
         if not math.isfinite(norm):
-            self.grad.fill(0.0)  # so that training may go on, with another batch or a lower rate
             raise TrainingStopped(f"the gradient's norm is {norm}; lower the learning rate")
         if self.clip is not None and norm > self.clip:
             self.grad *= self.clip / norm
         if self.weight_decay:
             self.data *= 1.0 - self.lr * self.weight_decay * self.lr_scale * self.decayed
         self.move()
-        self.grad.fill(0.0)
         return norm
+
+    def zero(self) -> None:
+        """Clear the gradients."""
+        self.grad.fill(0.0)
 
     def move(self) -> None:
         """Change ``self.data`` in place from ``self.grad``, at the rate ``self.lr * self.lr_scale``."""
@@ -110,6 +139,8 @@ class AdamW(Optimizer):
     with m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ) in step t. ``weight_decay`` acts on matrices, not on vectors.
     """
 
+    forms = {}  # {"numpy" or "cupy": function of the optimizer}: faster forms of equations(), registered by fast/
+
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, clip=None):
         super().__init__(params, lr, weight_decay, clip)
         if not all(0.0 <= beta < 1.0 for beta in betas):
@@ -119,29 +150,15 @@ class AdamW(Optimizer):
         self.m, self.v = 0.0 * self.data, 0.0 * self.data
 
     def move(self):
-        xp, (beta1, beta2) = array_module(self.data), self.betas
         self.t += 1
-        if xp is not np and self.data.dtype.kind == "f":
-            from ..fast.fused import adamw
+        form(self.forms, self.data, AdamW.equations)(self)
 
-            return adamw(self)
-        scratch, lr_scale = block_of(self.data), self.lr_scale
-        for part in row_blocks(self.data):
-            g, m, v, data = (a[part] for a in (self.grad, self.m, self.v, self.data))
-            w = scratch[: len(g)]
-            m *= beta1
-            m += xp.multiply(g, 1.0 - beta1, out=w)
-            v *= beta2
-            xp.multiply(g, g, out=w)
-            w *= 1.0 - beta2
-            v += w
-            xp.sqrt(v, out=w)
-            w *= 1.0 / math.sqrt(1.0 - beta2**self.t)
-            w += self.eps
-            xp.divide(m, w, out=w)
-            w *= self.lr / (1.0 - beta1**self.t)
-            w *= lr_scale[part] if getattr(lr_scale, "shape", ()) else lr_scale
-            data -= w
+    def equations(self):
+        xp, g, (beta1, beta2) = array_module(self.data), self.grad, self.betas
+        self.m[:] = beta1 * self.m + (1.0 - beta1) * g
+        self.v[:] = beta2 * self.v + (1.0 - beta2) * g * g
+        m_hat, v_hat = self.m / (1.0 - beta1**self.t), self.v / (1.0 - beta2**self.t)
+        self.data -= self.lr * self.lr_scale * m_hat / (xp.sqrt(v_hat) + self.eps)
 
     def state(self):
         return {"m": self.m, "v": self.v, "t": np.array([float(self.t)])}
@@ -149,13 +166,6 @@ class AdamW(Optimizer):
     def restore(self, state):
         super().restore(state)
         self.t = int(state["t"][0])
-
-
-def _spread(xp, values, tensors, dtype):
-    """One number per trained entry from one number per Tensor; a Python float where all are the same."""
-    if len(set(values)) == 1:
-        return values[0]
-    return xp.concatenate([xp.full(t.data.size, v, dtype) for v, t in zip(values, tensors, strict=True)])
 
 
 def check_positive(zero_allowed=False, **values):

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..adapter import AdaptedLinear, Adapter
 from ..errors import InputError
+from ..memory import kept_bytes
 from ..nn import Module
 from .gradient import accumulate, check_parts, count_targets, split
 
@@ -67,9 +68,13 @@ class Workers:
                 self.close()
                 raise
 
-    def accumulate(self, ids, targets, rng=None, micro_batches=1, measure=False):
-        """What train.accumulate does, with the sequences shared out; each process takes ``micro_batches`` parts."""
+    def accumulate(self, ids, targets, rng=None, micro_batches=1, history=None):
+        """gradient.accumulate() with the sequences shared out; each process takes ``micro_batches`` parts.
+
+        A ``history`` without steps gets the bytes that all processes save for backward.
+        """
         check_parts(micro_batches, len(ids))
+        measure = history is not None and not history.loss
         total, (own, *others) = count_targets(targets), split(len(ids), len(self.grads))
         try:
             for connection, part in zip(self.connections, others, strict=True):
@@ -89,7 +94,9 @@ class Workers:
         for grad in self.grads[1:]:
             self.grads[0] += grad
         losses, kept = zip(*answers, strict=True)
-        return sum(losses), sum(kept)
+        if measure:
+            history.kept_bytes = sum(kept)
+        return sum(losses)
 
     def close(self):
         """End the processes; the model, the optimizer and this process's BLAS threads are as usual afterwards."""
@@ -123,11 +130,18 @@ def work(connection, siblings, model, optimizer, grad):
 
 
 def attempt(model, ids, targets, rng, micro_batches, total, measure):
-    """accumulate's answer, or the exception that it raised; nothing for a share without sequences."""
+    """(loss, bytes saved for backward or 0), or the exception that was raised; zeros for a share without sequences."""
+    kept = [0]
+
+    def watch(loss):
+        kept.append(kept_bytes(loss, model))
+
     try:
         if not len(ids):
             return 0.0, 0
-        return accumulate(model, ids, targets, rng, min(micro_batches, len(ids)), total, measure)
+        parts = min(micro_batches, len(ids))
+        loss = accumulate(model, ids, targets, rng, parts, total, watch if measure else None)
+        return float(loss), max(kept)
     except Exception as error:
         return error
 

@@ -33,7 +33,7 @@ from minilora.files.peft_config import PATTERN_WAYS, endings, ways_to_match
 from minilora.gpt import GPT, GPTConfig
 from minilora.nn import Linear, Module
 from minilora.surgery import adapt, adapted_layers, host, merge_and_unload, plan, unload
-from minilora.training.loop import train
+from minilora.training.trainer import train
 from minilora.training.optim import AdamW
 
 TINY = GPTConfig(vocab_size=11, n_positions=8, n_embd=16, n_layer=2, n_head=2)

@@ -18,7 +18,8 @@ from minilora.backend import fetch, to_host
 from minilora.errors import InputError, TrainingStopped
 from minilora.surgery import unload
 from minilora.tools.gradcheck import check_model, gradcheck
-from minilora.training.loop import History, evaluate, train, training_step
+from minilora.training.loop import History
+from minilora.training.trainer import evaluate, train
 
 every_method = pytest.mark.parametrize("name", methods.names())
 

@@ -13,7 +13,7 @@ from minilora.tools.audit import audit, show
 from minilora.tools.diff import code, difference, equations
 from minilora.tools.trace import show as show_trace
 from minilora.tools.trace import trace
-from minilora.training.loop import LostGradientWarning, train
+from minilora.training.trainer import LostGradientWarning, train
 
 every_method = pytest.mark.parametrize("name", methods.names())
 ids = np.random.default_rng(0).integers(0, 17, (8, 33))

@@ -19,7 +19,8 @@ from minilora.memory import kept_bytes
 from minilora.nn import Module, Parameter
 from minilora.surgery import adapt
 from minilora.training.gradient import accumulate
-from minilora.training.loop import History, LostGradientWarning, evaluate, train, training_step
+from minilora.training.loop import History
+from minilora.training.trainer import LostGradientWarning, evaluate, train
 from minilora.training.optim import SGD, AdamW, warmup_cosine
 
 pytestmark = pytest.mark.quick

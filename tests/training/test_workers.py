@@ -18,7 +18,8 @@ from minilora import GPT, AdamW, GPTConfig, adapt, methods
 from minilora.errors import InputError, TrainingStopped
 from minilora.surgery import adapted_layers, unload
 from minilora.training.gradient import accumulate
-from minilora.training.loop import History, train, training_step
+from minilora.training.loop import History
+from minilora.training.trainer import train
 from minilora.training.workers import Workers
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="worker processes need Linux")
