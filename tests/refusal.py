@@ -20,8 +20,8 @@ from minilora.errors import AdapterFormatError
 from minilora.gpt import GPT, GPTConfig
 from minilora.surgery import adapt
 from minilora.training.loop import History
-from minilora.training.trainer import train
 from minilora.training.optim import AdamW
+from minilora.training.trainer import train
 
 for name in methods.names():  # imported before any test, which sees what a file makes imported
     methods.get(name)

@@ -2,7 +2,6 @@
 These tests exist because most readers have no GPU: CuPy is played by a stand-in here.
 """
 
-import ctypes
 import sys
 import types
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from minilora import ops
-from minilora.backend import array_module, device_module, keep_heap, to_device, to_host
+from minilora.backend import array_module, device_module, to_device, to_host
 from minilora.engine import Tensor
 from minilora.errors import InputError
 
@@ -112,48 +111,3 @@ def test_moving_between_devices(cupy):
     assert to_device(there, cupy) is there
     assert isinstance(to_device(host, cupy), FakeArray)
     assert to_host(there) is there.host
-
-
-# -------------------------------------------------------------------------------- keep_heap
-
-
-def test_keep_heap_may_be_called_twice():
-    first, second = keep_heap(), keep_heap()
-    assert isinstance(first, bool)
-    assert first == second
-
-
-def test_keep_heap_is_for_linux_only(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert keep_heap() is False
-
-
-@pytest.mark.parametrize("library", [types.SimpleNamespace(), OSError("no such library")])
-def test_keep_heap_does_without_mallopt(monkeypatch, library):
-    def load(name):
-        if isinstance(library, OSError):
-            raise library
-        return library
-
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(ctypes, "CDLL", load)
-    assert keep_heap() is False
-
-
-@pytest.mark.parametrize("limit", [2**31 - 1, 32 * 2**20])
-def test_keep_heap_raises_the_mmap_threshold_as_far_as_glibc_lets_it(monkeypatch, limit):
-    """An older glibc refuses a threshold above 32 MiB. With it refused and the trim threshold set, the threshold
-    would stay at 128 KiB for good, which is worse than the default that adapts.
-    """
-    settings = {}
-
-    def mallopt(parameter, value):
-        if parameter == -3 and value > limit:
-            return 0
-        settings[parameter] = value
-        return 1
-
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace(mallopt=mallopt))
-    assert keep_heap() is True
-    assert settings == {-1: 2**31 - 1, -3: limit}

@@ -2,13 +2,26 @@
 These tests exist because a gradient that is assigned, doubled or shared looks plausible and trains badly.
 """
 
+import copy
 import operator
 import weakref
 
 import numpy as np
 import pytest
 
-from minilora.engine import Operation, Tensor, backward, gradients, is_recording, no_grad, nodes_of, record
+from minilora import ops
+from minilora.engine import (
+    Operation,
+    Saved,
+    Tensor,
+    backward,
+    gradients,
+    is_recording,
+    no_grad,
+    nodes_of,
+    plain,
+    record,
+)
 from minilora.errors import InputError
 from minilora.tools.gradcheck import check_operation
 
@@ -387,76 +400,42 @@ def test_a_backward_with_the_wrong_number_of_gradients_is_an_error():
         backward(Operation(pair_forward, lambda need, dy, saved: (dy,))(leaf(2), leaf(2)), np.ones(2))
 
 
-# -------------------------------------------------------------------------------- what is computed again
+# -------------------------------------------------------------------------------- forms
 
 
-def triple(calls):
-    """y = 3 x, which can be computed again from x; ``calls`` notes each time."""
+def test_a_registered_form_runs_by_default_and_not_within_plain_nor_on_complex_arrays():
+    def twice_forward(need, x):
+        return 2.0 * x, {"form": "plain"}
 
-    def triple_forward(need, x, *, recompute=False):
-        return 3.0 * x, {"x": x if recompute else None}
+    twice = Operation(twice_forward, lambda need, dy, saved: (2.0 * dy,))
+    twice.forms["numpy"] = lambda need, x: (x + x, {"form": "fast"}), lambda need, dy, saved: (dy + dy,)
 
-    def again(saved):
-        calls.append("again")
-        return 3.0 * saved.x
+    def used(dtype=float):
+        return twice(Tensor(np.ones(2, dtype), requires_grad=True)).node.saved.form
 
-    return Operation(triple_forward, lambda need, dy, saved: (3.0 * dy,), again)
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_result_is_computed_again_once_for_three_who_want_it_and_kept_by_nobody(recompute):
-    calls, x, w = [], leaf(4), leaf(4, seed=1)
-    y = triple(calls)(x, recompute=recompute)
-    kept = weakref.ref(y.data)
-    loss = (y * y + y * w + y.exp()).sum()  # exp keeps its own result, the products y: 9 x² + 3 x w + e³ˣ
-    del y
-    assert (kept() is None) is recompute
-    for _ in range(2):
-        calls.clear()
-        x.node.grad = w.node.grad = None
-        backward(loss)
-        assert calls == ["again"] * recompute
-        close(x.grad, 18.0 * x.data + 3.0 * w.data + 3.0 * np.exp(3.0 * x.data))
-        close(w.grad, 3.0 * x.data)
-        y = triple(calls)(x, recompute=recompute)
-        loss = (y * y + y * w + y.exp()).sum()
+    assert used() == "fast"
+    with plain():
+        assert used() == "plain"
+        with pytest.raises(KeyError), plain():
+            raise KeyError
+        assert used() == "plain"
+    assert used() == "fast" and used(complex) == "plain"
 
 
-def test_nothing_is_computed_again_for_nobody():
-    calls, x = [], leaf(4)
-    backward((triple(calls)(x, recompute=True) + 1.0).sum())
-    assert calls == []
-    with no_grad():
-        assert triple(calls)(x, recompute=True).again is None
-    assert triple(calls)(Tensor(np.ones(4)), recompute=True).again is None  # a constant: there is no node to ask
-    assert triple(calls)(x).again is None
+def test_backward_is_of_the_form_that_ran_forward():
+    x = Tensor(np.ones((2, 3)), requires_grad=True)
+    y = ops.gelu(x)
+    with plain():
+        backward(y.sum())
+    z = Tensor(np.ones((2, 3)), requires_grad=True)
+    with plain():
+        y = ops.gelu(z)
+    backward(y.sum())
+    np.testing.assert_allclose(x.grad, z.grad, rtol=1e-14)
 
 
-def test_a_chain_of_results_that_are_computed_again():
-    calls, x = [], leaf(4)
-    op = triple(calls)
-    y = op(op(x, recompute=True), recompute=True)  # the second keeps the first's result, which is not kept
-    backward((y * y).sum())
-    assert calls == ["again", "again"]
-    close(x.grad, 162.0 * x.data)  # 81 x²
-
-
-def test_what_was_computed_again_is_freed_in_the_pass():
-    made, x = [], leaf(4)
-
-    def op_forward(need, x, *, recompute):
-        return 3.0 * x, {"x": x}
-
-    def again(saved):
-        y = 3.0 * saved.x
-        made.append(weakref.ref(y))
-        return y
-
-    below, seen = record("probe", x.data * 1.0, {}, lambda dy, saved: (seen.append(made[0]()), (dy,))[1], [x]), []
-    y = Operation(op_forward, lambda need, dy, saved: (3.0 * dy,), again)(below, recompute=True)
-    loss = (y * y).sum()
-    del y
-    backward(loss)
-    assert len(made) == 1 and seen == [None]
-    with pytest.raises(RuntimeError, match="run the forward pass again"):
-        backward(loss)
+def test_a_name_that_was_not_saved_is_an_attribute_error():
+    saved = Saved(x=1)
+    assert saved.x == 1 and not hasattr(saved, "y") and copy.deepcopy(saved) == saved
+    with pytest.raises(AttributeError, match="there is no array 'y'; there are x"):
+        _ = saved.y

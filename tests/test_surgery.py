@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from steps import training_step
 
 from minilora import GPT, AdamW, GPTConfig, InputError, Tensor, adapt, count_parameters, methods
 from minilora.backend import to_host
 from minilora.nn import Linear, Module
 from minilora.surgery import adapted_layers, host
 from minilora.targets import match_targets
-from minilora.training.loop import training_step
 
 pytestmark = pytest.mark.quick
 

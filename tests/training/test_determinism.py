@@ -15,7 +15,7 @@ import minilora
 from minilora import GPT, AdamW, GPTConfig, adapt, methods
 from minilora.backend import to_host
 from minilora.files.checkpoint import adapter_arrays
-from minilora.training import loop as train
+from minilora.training.trainer import train
 from minilora.training.workers import Workers
 
 every_method = pytest.mark.parametrize("name", methods.names())
@@ -29,7 +29,7 @@ def digest(name, workers=1, seed=0) -> str:
     optimizer = AdamW(model.trainable(), lr=0.02, weight_decay=0.1, clip=1.0)
     batches = lambda ids: (ids[:, :-1], ids[:, 1:])
     ids = (rng.integers(0, 13, (4, 9)) for _ in range(12))
-    history = train(model, optimizer, map(batches, ids), 12, 3, rng=rng, progress=False, workers=workers)
+    history = train(model, optimizer, map(batches, ids), 12, warmup=3, rng=rng, progress=False, workers=workers)
     text = model.generate(np.zeros((2, 1), int), 12, rng=seed)
     arrays = [to_host(p.data) for p in adapter_arrays(model).values()]
     arrays += [to_host(a) for a in optimizer.state().values()] + [np.array(history.loss), np.array(text)]
@@ -53,9 +53,7 @@ def test_three_runs_of_two_workers_are_the_same_to_the_bit(name):
 
 def test_a_new_process_comes_to_the_same_bits():
     """Nothing depends on what was computed before, on addresses, or on the order of a set (PYTHONHASHSEED)."""
-    program = (
-        f"import sys; sys.path[:0] = {[str(Path(minilora.__file__).parents[1]), str(Path(__file__).parents[1])]!r}"
-    )
+    program = f"import sys; sys.path[:0] = {[str(Path(minilora.__file__).parents[1]), str(Path(__file__).parent)]!r}"
     program += "\nfrom test_determinism import digest\nprint(digest('dora'), digest('vera'))"
     command = [sys.executable, "-c", program]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == [
