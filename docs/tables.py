@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from minilora import methods
-from minilora.files.checkpoint import array_shapes
 from minilora.lab.task import learning_rate
 from minilora.tools import catalogue, methodfile
 from minilora.tools.trial import Trial
@@ -53,20 +52,20 @@ def arrays(name: str) -> list[pictures.Array]:
     "trained": it gets a gradient; "moved": training changes it without one; "frozen": training never changes it.
     """
     method = methods.create(name, **methods.known(name, r=3, start_step=0))
-    start = Trial(method)
-    end = start.after(3)
-    trained = start.layer.arrays.trainable()
+    start = Trial(method, d_in=31, d_out=17)
+    end, trained = start.after(3), start.layer.arrays.trainable()
+    letters = {1: "1", 3: "r", 31: "d_in", 17: "d_out"}
 
-    def state(array, before, after):
-        return "trained" if array in trained else "moved" if (before != after).any() else "frozen"
+    def described(array, before, after, shared=False):
+        state = "trained" if array in trained else "moved" if (before != after).any() else "frozen"
+        axes = [letters.get(n, str(n)) for n in before.shape]
+        widest = [f"max {axis}" if shared and axis.startswith("d_") else axis for axis in axes]
+        return pictures.Array(array, tuple(widest), state, shared)
 
-    found = [pictures.Array("W", ("d_out", "d_in"), "moved" if (start.W != end.W).any() else "frozen")]
-    for group, shared in zip(array_shapes(method, "d_out", "d_in", "r"), (False, False, True), strict=True):
-        for array, shape in group.items():
-            widest = "max " if shared else ""  # a shared array has room for the widest layer
-            letters = tuple(f"{widest}{axis}" if str(axis).startswith("d_") else str(axis) for axis in shape)
-            found.append(pictures.Array(array, letters, state(array, start.p[array], end.p[array]), shared))
-    return found
+    own = sorted(start.p, key=lambda array: (array not in trained, array in start.layer.shared))
+    found = [described(array, start.p[array], end.p[array], array in start.layer.shared) for array in own]
+    base = described("", start.W, end.W)
+    return [pictures.Array("W", base.shape, base.state), *found]
 
 
 def forward(name: str) -> list[pictures.Array]:
