@@ -15,8 +15,28 @@ from .errors import InputError
 from .nn import Linear, Module, Parameter
 
 
+class InPeft:
+    """A method in the files of Hugging Face PEFT: what files/peft.py needs to know. docs/peft.md explains each entry."""
+
+    peft = {}  # the keys that name the method in PEFT's configuration: {"peft_type": …, "a_flag": True}
+    from_peft = False  # True: a file with these keys is read as this method
+    peft_names = {}  # hyper-parameter: PEFT's key for it
+    peft_patterns = {}  # hyper-parameter: PEFT's key for a map {module: its own value}
+    peft_arrays = {}  # array: (its name in the file, after the module's unless it begins with "base_model.", its axes)
+    peft_keys = {}  # another key of PEFT's: the values that mean this method, the one that is written first
+    peft_ignored = {}  # a key that changes nothing computed here: the value that is written, or None for no value
+    peft_shared_key = ""  # the key that is false in a file without the shared arrays; init_shared() draws them then
+    peft_rescales = False  # True: its keys change `scaling` alone, so another method can express them by its alpha
+    is_product = False  # True: arrays B (d_out, r), A (r, d_in) act as scaling · B A; any others are (d_out,)
+
+    def __init_subclass__(cls):
+        """A subclass computes something else than its parent. So PEFT's name for it must stand in its own class."""
+        super().__init_subclass__()
+        cls.peft, cls.from_peft = vars(cls).get("peft", {}), vars(cls).get("from_peft", False)
+
+
 @dataclass(frozen=True)
-class Adapter:
+class Adapter(InPeft):
     """The contract of a method file: hyper-parameters as fields, and no array, so nothing can hide in it.
 
     ``W (d_out, d_in)`` is the frozen weight, ``x (N, d_in)`` the input, ``p`` the layer's arrays (``p.A``, ``p["A"]``).
@@ -24,8 +44,6 @@ class Adapter:
 
     updates_base = False  # True: init or after_step changes W, and the layer gets its own copy of it
     holomorphic = True  # False: the complex step cannot be taken, and the method's file says why
-    peft = {}  # the keys that name the method in PEFT's configuration; a method that inherits says its own
-    from_peft = False  # True: a file with these keys is read as this method; likewise
     claims = {}  # sentence: function of a claims.Trial that is true where the sentence holds
 
     def __post_init__(self):

@@ -47,10 +47,13 @@ def tensors(config: GPTConfig) -> dict:
     """{transformers' name: (its shape, the names of our arrays that it holds)}, without the prefix."""
     d, wide = config.n_embd, 4 * config.n_embd
     shapes = {"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d), "mlp.c_fc": (d, wide), "mlp.c_proj": (wide, d)}
+    norms = {"ln_f": "norm"}
+    for i in range(config.n_layer):
+        norms |= {f"h.{i}.{theirs}": f"blocks.{i}.{ours}" for theirs, ours in NORMS.items()}
     found = {"wte.weight": ((config.vocab_size, d), ["tokens"]), "wpe.weight": ((config.n_positions, d), ["positions"])}
-    norms = {"ln_f": "norm"} | {f"h.{i}.{n}": f"blocks.{i}.{NORMS[n]}" for i in range(config.n_layer) for n in NORMS}
-    for norm, ours in norms.items():
-        found |= {f"{norm}.weight": ((d,), [f"{ours}.g"]), f"{norm}.bias": ((d,), [f"{ours}.b"])}
+    for theirs, ours in norms.items():
+        found[f"{theirs}.weight"] = ((d,), [f"{ours}.g"])
+        found[f"{theirs}.bias"] = ((d,), [f"{ours}.b"])
     for module, layers in modules(config.n_layer).items():
         shape = shapes[module.split(".", 2)[2]]
         found[f"{module}.weight"] = (shape, [f"{layer}.W" for layer in layers])
@@ -68,32 +71,33 @@ def load_gpt2(folder) -> GPT:
     folder = Path(folder)
     config = read_config(folder)
     files = open_weights(folder, unread=lambda name: is_mask(name, config.n_layer))
-    if config.n_layer > sum(len(file.tensors) for file in files):  # before a list of its layers is made
-        files[0].fail(f"{CONFIG} says n_layer {config.n_layer}, and the file has {len(files[0].tensors)} tensors")
     present = {name for file in files for name in file.tensors}
+    if config.n_layer > len(present):  # before a list of its layers is made
+        files[0].fail(f"{CONFIG} says n_layer {config.n_layer}, and there are {len(present)} tensors")
     prefix = PREFIX if any(name.startswith(PREFIX) for name in present) else ""
     layout = {prefix + name: entry for name, entry in tensors(config).items()}
-    shapes = {name: shape for name, (shape, _) in layout.items()}
-    shapes |= {HEAD: shapes[f"{prefix}wte.weight"]} if HEAD in present else {}
-    each = divide(files, shapes)
-    for file, own in zip(files, each, strict=True):
+    shapes, embedding = {name: shape for name, (shape, _) in layout.items()}, f"{prefix}wte.weight"
+    if HEAD in present:
+        shapes[HEAD] = shapes[embedding]
+    expected = divide(files, shapes)
+    for file, own in zip(files, expected, strict=True):
         file.check(own)
     model, found = GPT(config), {}
-    for file, own in zip(files, each, strict=True):
+    for file, own in zip(files, expected, strict=True):
         found |= read_arrays(file, model, own)
-    if HEAD in found and not np.array_equal(found[HEAD], found[f"{prefix}wte.weight"]):
+    if HEAD in found and not np.array_equal(found[HEAD], found[embedding]):
         files[0].fail("differs from wte.weight; gpt.py ties the two", HEAD)
-    ours = {}
-    for name, (_, names) in layout.items():
-        ours |= dict(zip(names, np.split(turned(names, found[name]), len(names)), strict=True))
+    arrays = {}
+    for name, (_, ours) in layout.items():
+        arrays |= dict(zip(ours, np.split(turned(ours, found[name]), len(ours)), strict=True))
     for name, p in model.named_parameters():
-        p.data = to_device(np.array(ours[name], order="C"), array_module(p.data))
+        p.data = to_device(np.array(arrays[name], order="C"), array_module(p.data))
     return model
 
 
-def turned(names, array):
-    """transformers' Conv1D has its weight as (d_in, d_out)."""
-    return array.T if names[0].endswith(".W") else array
+def turned(ours, array):
+    """``array`` as transformers has it, if it is a weight: its Conv1D keeps the transpose, (d_in, d_out)."""
+    return array.T if ours[0].endswith(".W") else array
 
 
 def is_mask(name, n_layer) -> bool:
@@ -109,9 +113,10 @@ def read_config(folder: Path) -> GPTConfig:
         raise FormatError(path, "the configuration is not a map")
     for key, supported in SUPPORTED.items():
         value = found.get(key, supported[0])
-        if not any(type(value) is type(good) and value == good for good in supported):
-            names = " or ".join(json.dumps(good) for good in supported)
-            raise FormatError(path, f"{key} is {shown_json(value)}; supported: {names}")
+        if not any(type(value) is type(good) and value == good for good in supported):  # 1 is not true
+            raise FormatError(
+                path, f"{key} is {shown_json(value)}; supported: {' or '.join(map(json.dumps, supported))}"
+            )
     sizes = {key: found.get(key, default) for key, default in SIZES.items()}
     for key, value in sizes.items():
         if type(value) is not int or not 0 < value < 2**31:
@@ -145,10 +150,11 @@ def open_weights(folder: Path, unread) -> list[TensorFile]:
 
 
 def divide(files: list[TensorFile], shapes: dict) -> list[dict]:
-    """What of ``shapes`` {name: shape} each file has to hold; a tensor that none of them has is the last one's."""
-    rest = dict(shapes)
-    own = [{name: rest.pop(name) for name in file.tensors if name in rest} for file in files[:-1]]
-    return [*own, rest]
+    """The part of ``shapes`` {name: shape} that each file must hold; the last one must hold what no other has."""
+    rest, parts = dict(shapes), []
+    for file in files[:-1]:
+        parts.append({name: rest.pop(name) for name in file.tensors if name in rest})
+    return [*parts, rest]
 
 
 def save_gpt2(folder, model: GPT) -> None:
@@ -167,8 +173,8 @@ def write_gpt2(folder, config: GPTConfig, arrays: dict) -> dict:
     """save_gpt2() for the arrays {name: ndarray} of a model; returns what config.json says."""
     folder = writable_folder(folder)
     written = {}
-    for name, (_, names) in tensors(config).items():
-        written[PREFIX + name] = turned(names, np.concatenate([arrays[ours] for ours in names]))
+    for name, (_, ours) in tensors(config).items():
+        written[PREFIX + name] = turned(ours, np.concatenate([arrays[own] for own in ours]))
     said = description(config, arrays)
     text = json.dumps(said, indent=2, sort_keys=True).encode() + b"\n"
     write_together({folder / WEIGHTS: tensor_bytes(written, {"format": "pt"}), folder / CONFIG: text})

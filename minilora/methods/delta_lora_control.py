@@ -18,7 +18,6 @@ from .lora import LoRA
 @dataclass(frozen=True)
 class DeltaLoRAControl(LoRA):
     update_ratio: float = 2.0
-    peft = {"peft_type": "LORA"}
 
     claims = {
         "is what Delta-LoRA from step 0 becomes under Adam": lambda t: t.same(
@@ -29,3 +28,6 @@ class DeltaLoRAControl(LoRA):
     @property
     def scaling(self) -> float:
         return self.alpha * (1.0 + self.update_ratio) / self.r  # () F3
+
+    # In PEFT's files: docs/peft.md
+    peft = {"peft_type": "LORA"}

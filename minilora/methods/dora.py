@@ -31,8 +31,6 @@ TINY = 1e-30  # below float32's resolution of any live n²; a row of zeros gives
 
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    peft = {"peft_type": "LORA", "use_dora": True}
-
     claims = {
         "starts as the base model": lambda t: t.same(t.merged, t.W0),
         "each row of the merged weight has the length m": lambda t: t.same(
@@ -76,3 +74,7 @@ class DoRA(LoRA):
 
     def merge(self, W, p):
         return (p.m / self.norm(W, p))[:, None] * (W + (self.scaling * p.B) @ p.A)  # (d_out, d_in)
+
+    # In PEFT's files: docs/peft.md
+    peft = {"peft_type": "LORA", "use_dora": True}
+    peft_arrays = LoRA.peft_arrays | {"m": ("lora_magnitude_vector", ("d_out",))}

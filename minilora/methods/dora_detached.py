@@ -31,8 +31,6 @@ TINY = 1e-30  # below float32's resolution of any live n²; a row of zeros gives
 
 @dataclass(frozen=True)
 class DoRADetached(LoRA):
-    peft, from_peft = {"peft_type": "LORA", "use_dora": True}, True
-
     claims = {
         "keeps no less than the full gradient does": lambda t: (
             t.kept_numbers() == t.of("dora", r=t.method.r).kept_numbers()
@@ -79,3 +77,7 @@ class DoRADetached(LoRA):
 
     def merge(self, W, p):
         return (p.m / self.norm(W, p))[:, None] * (W + (self.scaling * p.B) @ p.A)  # (d_out, d_in)
+
+    # In PEFT's files: docs/peft.md
+    peft, from_peft = {"peft_type": "LORA", "use_dora": True}, True
+    peft_arrays = LoRA.peft_arrays | {"m": ("lora_magnitude_vector", ("d_out",))}

@@ -28,7 +28,6 @@ from ..adapter import Adapter
 class LoRA(Adapter):
     r: int = 8
     alpha: float = 16.0
-    peft, from_peft = {"peft_type": "LORA"}, True
 
     claims = {
         "starts as the base model": lambda t: (t.merged == t.W0).all(),
@@ -67,3 +66,11 @@ class LoRA(Adapter):
 
     def merge(self, W, p):
         return W + (self.scaling * p.B) @ p.A  # (d_out, d_in)
+
+    # In PEFT's files: docs/peft.md
+    peft, from_peft, is_product = {"peft_type": "LORA"}, True, True
+    peft_names = {"r": "r", "alpha": "lora_alpha"}
+    peft_patterns = {"r": "rank_pattern", "alpha": "alpha_pattern"}
+    peft_arrays = {"A": ("lora_A.weight", ("r", "d_in")), "B": ("lora_B.weight", ("d_out", "r"))}
+    peft_keys = {"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
+    peft_ignored = {"lora_dropout": 0.0, "eva_config": None, "megatron_core": None, "qalora_group_size": None}

@@ -22,8 +22,6 @@ from .lora import LoRA
 
 @dataclass(frozen=True)
 class LoRAFA(LoRA):
-    peft = {"peft_type": "LORA"}
-
     claims = {
         "keeps no N × d_in array": lambda t: t.kept_numbers() == len(t.x) * t.method.r,
         "what it keeps does not grow with d_in": lambda t: t.resized(d_in=90).kept_numbers() == t.kept_numbers(),
@@ -46,3 +44,6 @@ class LoRAFA(LoRA):
         dB = dy.T @ (s * saved.h)  # (d_out, r) B2
         dx = dy @ W + dh @ p.A  # (N, d_in) B3
         return dx, {"B": dB}
+
+    # In PEFT's files: docs/peft.md
+    peft = {"peft_type": "LORA"}

@@ -27,8 +27,6 @@ from .lora import LoRA
 
 @dataclass(frozen=True)
 class LoRAFACorrected(LoRA):
-    peft = {"peft_type": "LORA"}
-
     claims = {
         "keeps no N × d_in array": lambda t: t.kept_numbers() == len(t.x) * t.method.r,
         "with SGD, W moves along the full gradient projected on the rows of A": lambda t: t.same(
@@ -59,3 +57,6 @@ class LoRAFACorrected(LoRA):
         """B2 is not the loss's gradient. It is the gradient in the coordinates Q of B = B₀ + Q C, at Q = 0."""
         B = at.B + (p.B - at.B) @ at.C  # (d_out, r)
         return x @ W.T + (x @ at.A.T) @ (self.scaling * B).T  # (N, d_out)
+
+    # In PEFT's files: docs/peft.md
+    peft = {"peft_type": "LORA"}

@@ -18,7 +18,6 @@ from .lora import LoRA
 @dataclass(frozen=True)
 class LoRAPlus(LoRA):
     lr_ratio: float = 16.0
-    peft = {"peft_type": "LORA"}
 
     claims = {
         "B's first Adam step is lr_ratio times that of LoRA": lambda t: t.same(
@@ -28,3 +27,6 @@ class LoRAPlus(LoRA):
 
     def lr_scale(self, name):
         return self.lr_ratio if name == "B" else 1.0  # U1
+
+    # In PEFT's files: docs/peft.md
+    peft = {"peft_type": "LORA"}

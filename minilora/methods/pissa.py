@@ -22,7 +22,6 @@ from .lora import LoRA
 @dataclass(frozen=True)
 class PiSSA(LoRA):
     updates_base = True
-    peft, from_peft = {"peft_type": "LORA", "init_lora_weights": "pissa"}, True
 
     claims = {
         "starts as the base model": lambda t: t.same(t.merged, t.W0),
@@ -36,3 +35,6 @@ class PiSSA(LoRA):
         B = U[:, : self.r] * root  # (d_out, r) I2
         W -= (self.scaling * B) @ A  # (d_out, d_in) I3
         return {"A": A, "B": B}, {}
+
+    # In PEFT's files: docs/peft.md
+    peft, from_peft = {"peft_type": "LORA", "init_lora_weights": "pissa"}, True

@@ -17,8 +17,6 @@ from .lora import LoRA
 
 @dataclass(frozen=True)
 class RsLoRA(LoRA):
-    peft, from_peft = {"peft_type": "LORA", "use_rslora": True}, True
-
     claims = {
         "is LoRA with alpha · √r": lambda t: t.same(
             t.after(5).merged, t.of("lora", r=t.method.r, alpha=t.method.alpha * math.sqrt(t.method.r)).after(5).merged
@@ -28,3 +26,6 @@ class RsLoRA(LoRA):
     @property
     def scaling(self) -> float:
         return self.alpha / math.sqrt(self.r)  # () F3
+
+    # In PEFT's files: docs/peft.md
+    peft, from_peft, peft_rescales = {"peft_type": "LORA", "use_rslora": True}, True, True

@@ -32,7 +32,6 @@ class VeRA(Adapter):
     r: int = 64
     d_initial: float = 0.1
     projection_prng_key: int = 0
-    peft, from_peft = {"peft_type": "VERA"}, True
 
     claims = {
         "trains r + d_out numbers, whatever d_in is": lambda t: (
@@ -79,6 +78,17 @@ class VeRA(Adapter):
 
     def merge(self, W, p):
         return W + self.scaled(W, p) @ p.A[:, : W.shape[1]]  # (d_out, d_in)
+
+    # In PEFT's files: docs/peft.md
+    peft, from_peft, peft_shared_key = {"peft_type": "VERA"}, True, "save_projection"
+    peft_names = {"r": "r", "d_initial": "d_initial", "projection_prng_key": "projection_prng_key"}
+    peft_arrays = {
+        "b": ("vera_lambda_b", ("d_out",)),
+        "d": ("vera_lambda_d", ("r",)),
+        "A": ("base_model.vera_A", ("r", "d_in")),
+        "B": ("base_model.vera_B", ("d_out", "r")),
+    }
+    peft_ignored = {"vera_dropout": 0.0, "init_weights": True}
 
 
 def kaiming_uniform(stream, shape):

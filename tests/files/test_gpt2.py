@@ -218,7 +218,7 @@ BAD = {
     "a size of 0": (configure(n_embd=0), "n_embd is 0; it must be"),
     "a size as text": (configure(n_head="2"), "n_head is .*; it must be"),
     "heads that do not fit": (configure(n_head=3), "n_embd 16 is not a multiple of n_head 3"),
-    "a billion layers": (configure(n_layer=10**9), "says n_layer 1000000000, and the file has 28 tensors"),
+    "a billion layers": (configure(n_layer=10**9), "says n_layer 1000000000, and there are 28 tensors"),
     "a billion tokens": (
         configure(vocab_size=10**9),
         r'"transformer.wte.weight": is F32\(11, 16\); expected \(1000000000',

@@ -29,7 +29,7 @@ from minilora.files.base import fingerprint, load_base, save_model
 from minilora.files.checkpoint import load_adapter, save_adapter
 from minilora.files.gpt2 import load_gpt2
 from minilora.files.peft import load_peft, save_peft, short_names
-from minilora.files.peft_config import PATTERN_WAYS, endings, ways_to_match
+from minilora.files.peft_config import endings
 from minilora.gpt import GPT, GPTConfig
 from minilora.nn import Linear, Module
 from minilora.surgery import adapt, adapted_layers, host, merge_and_unload, plan, unload
