@@ -75,18 +75,11 @@ def forward(name: str) -> list[pictures.Array]:
     return [pictures.Array(array, shape, "kept" if array in kept else "computed") for array, shape in found.items()]
 
 
-def peft_array(name: str, array: str) -> str:
-    """What PEFT's adapter file calls an array of the method ``name``; a dash if PEFT has none."""
-    from minilora.files.peft import ARRAYS, SHARED
-
-    if not methods.get(name).peft:
-        return "–"
-    found = SHARED.get(array) if name == "vera" and array in "AB" else ARRAYS.get(array, [None])[0]
-    return f"`{found}`" if found else "–"
-
-
-def peft_option(name: str, option: str) -> str:
-    return "–"
+def in_peft(name: str, ours: str) -> str:
+    """PEFT's name for an array or a hyper-parameter of the method ``name``; a dash if PEFT has none."""
+    method = methods.get(name)
+    array, option = method.peft_arrays.get(ours, [None])[0], method.peft_names.get(ours)
+    return f"`{array or option}`" if method.peft and (array or option) else "–"
 
 
 def page_of(name: str) -> Path:
@@ -136,7 +129,7 @@ def arrays_table(old: str, *, page: Path) -> str:
         rows = [("`W` (base)", f"`{base.letters}`", base.state, "–")]
         for array in own:
             state = f"{array.state}, shared" if array.shared else array.state
-            rows.append((f"`{array.name}`", f"`{array.letters}`", state, peft_array(name, array.name)))
+            rows.append((f"`{array.name}`", f"`{array.letters}`", state, in_peft(name, array.name)))
         alike.setdefault(tuple(rows), []).append(name)
     lines = [[code(names) if i == 0 else "", *row] for rows, names in alike.items() for i, row in enumerate(rows)]
     return table(["methods", "array", "shape", "state", "in PEFT"], lines)
@@ -147,7 +140,7 @@ def options_table(old: str, *, page: Path) -> str:
     alike = {}
     for name in methods.names():
         for option, (_, default) in methods.options(name).items():
-            alike.setdefault((f"`{option}`", f"{default:g}", peft_option(name, option)), []).append(name)
+            alike.setdefault((f"`{option}`", f"{default:g}", in_peft(name, option)), []).append(name)
     rows = [[code(names), *row] for row, names in alike.items()]
     return table(["methods", "option", "default", "in PEFT"], rows)
 
