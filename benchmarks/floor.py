@@ -19,27 +19,29 @@ known is taken, by a trial: whole, or as a stack of 64 or 256 rows, which small 
 
 import json
 import time
-from collections import Counter
 from functools import partial
+from pathlib import Path
 
 from shapes import SIZES, R
-from sizes import in_turns, lora_step, machine, new_file, parser, print_machine  # sets NumPy's threads
+from sizes import adapted, in_turns, machine, parser, print_machine, step_of  # sets NumPy's threads
 
 # isort: split
 import numpy as np
 
 BLOCK = 64
-KINDS = ["wide", "low rank", "attention", "logits"]
-buffer = lambda *shape: np.ones(shape, np.float32)  # no empty one: a trial may read what nothing has written yet
+
+
+def buffer(*shape):
+    """Not an empty one: a trial may read what nothing has written yet."""
+    return np.ones(shape, np.float32)
 
 
 class Products:
-    """The products of one step at a size, in order. ``run()`` takes them all, and returns the seconds of each kind."""
+    """The products of one step at a size, in order. ``run()`` takes them all."""
 
     def __init__(self, vocab, T, d, layers, heads, batch):
         self.T, self.d, self.heads, self.batch, self.N = T, d, heads, batch, batch * T
-        self.calls, self.flops, self.best, self.shared, rng = [], Counter(), {}, {}, np.random.default_rng(0)
-        self.normal = lambda *shape: rng.standard_normal(shape, np.float32)
+        self.calls, self.flops, self.best, self.shared, self.rng = [], 0, {}, {}, np.random.default_rng(0)
         self.arriving = {n: self.normal(self.N, n) for n in (d, 4 * d)}  # dy
         undo = []  # the backward of each layer, which comes in reverse
         for layer in range(layers):
@@ -49,31 +51,29 @@ class Products:
             undo += [undo_q, undo_k, undo_v, undo_attention]
             undo += [self.linear(x, d_out)[1] for x, d_out in ((y, d), (x2, 4 * d), (gelu, d))]
         x, W = self.normal(self.N, d), self.normal(vocab, d)
-        self.product("logits", self.product("logits", x, W.T), W)
+        self.product(self.product(x, W.T), W)
         for function in reversed(undo):
             function()
 
     def run(self):
-        spent, last = dict.fromkeys(KINDS, 0.0), time.perf_counter()
-        for kind, call in self.calls:
+        for call in self.calls:
             call()
-            now = time.perf_counter()
-            spent[kind] += now - last
-            last = now
-        return spent
+
+    def normal(self, *shape):
+        return self.rng.standard_normal(shape, np.float32)
 
     def linear(self, x, d_out, need_dx=True, kept=False):
         """(y, the function that adds backward's products)."""
         d_in, normal = x.shape[1], self.normal
         W, A, B, dy = normal(d_out, d_in), normal(R, d_in), normal(d_out, R), self.arriving[d_out]
-        h, y = self.product("low rank", x, A.T, kept=True), self.product("wide", x, W.T, kept)
+        h, y = self.product(x, A.T, kept=True), self.product(x, W.T, kept)
 
         def undo():
-            dh = self.product("low rank", dy, B)
+            dh = self.product(dy, B)
             self.product_over_rows(dy, h)  # dB
             self.product_over_rows(dh, x)  # dA
             if need_dx:
-                self.product("wide", dy, W)
+                self.product(dy, W)
 
         return y, undo
 
@@ -83,14 +83,14 @@ class Products:
             self.shared[role, shape] = buffer(*shape)
         return self.shared[role, shape]
 
-    def product(self, kind, a, b, kept=False):
+    def product(self, a, b, kept=False):
         """a (N, K) @ b (K, M): the result's buffer."""
         (N, K), M = a.shape, b.shape[1]
         out, forms = buffer(N, M) if kept else self.scratch(N, M), {}
         for rows in {N, 64, 256}:
             if N % rows == 0:
                 forms[rows] = partial(np.matmul, a.reshape(-1, rows, K), b, out=out.reshape(-1, rows, M))
-        self.add(kind, 2 * N * K * M, self.fastest((a.shape, b.shape, b.flags.c_contiguous), forms))
+        self.add(2 * N * K * M, self.fastest((a.shape, b.shape, b.flags.c_contiguous), forms))
         return out
 
     def product_over_rows(self, a, b):
@@ -102,19 +102,19 @@ class Products:
             n, parts = N // BLOCK, self.scratch(N // BLOCK, K, M, role="parts")
             at, b3 = a.reshape(n, BLOCK, K).swapaxes(1, 2), b.reshape(n, BLOCK, M)
             forms["stack"] = lambda: np.add.reduce(np.matmul(at, b3, out=parts), axis=0, out=out)
-        self.add("low rank", 2 * N * K * M, self.fastest((a.shape, b.shape, "rows"), forms))
+        self.add(2 * N * K * M, self.fastest((a.shape, b.shape, "rows"), forms))
 
     def attention(self, q, k, v):
         """(y, the function that adds backward's products)."""
         T, heads, d = self.T, self.heads, self.d
-        split = lambda a: a.reshape(self.batch, T, heads, d // heads).transpose(0, 2, 1, 3)
         y, dy, dq = buffer(self.N, d), self.arriving[d], self.scratch(self.N, d)
-        qh, kh, vh, yh, dyh, dqh = map(split, (q, k, v, y, dy, dq))
+        shape = self.batch, T, heads, d // heads
+        qh, kh, vh, yh, dyh, dqh = (a.reshape(shape).transpose(0, 2, 1, 3) for a in (q, k, v, y, dy, dq))
         blocks = [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
         P = [[buffer(heads, end, end - start) for start, end in blocks] for _ in range(self.batch)]
 
         def add(a, b, out):
-            self.add("attention", 2 * out.size * a.shape[-1], partial(np.matmul, a, b, out=out))
+            self.add(2 * out.size * a.shape[-1], partial(np.matmul, a, b, out=out))
 
         for i in range(self.batch):
             for j, (start, end) in enumerate(blocks):
@@ -134,9 +134,9 @@ class Products:
 
         return y, undo
 
-    def add(self, kind, flops, call):
-        self.calls.append((kind, call))
-        self.flops[kind] += flops
+    def add(self, flops, call):
+        self.calls.append(call)
+        self.flops += flops
 
     def fastest(self, shape, forms):
         """The fastest of ``forms``, functions by name; tried once for each shape, three calls of each."""
@@ -154,9 +154,9 @@ class Products:
 def measure(size, rounds):
     """Products and step in turns at ``size``, a row of SIZES: a dict, times in ms, ratios within each round."""
     products = Products(*size)
-    seconds = in_turns(rounds, products.run, lora_step(*size))
+    seconds = in_turns(rounds, products.run, step_of(*adapted(size)))
     floor, step = 1e3 * np.median(seconds, axis=0)
-    gflops = sum(products.flops.values()) / 1e9
+    gflops = products.flops / 1e9
     row = {"gigaflop": gflops, "products_ms": floor, "gflops_per_second": 1e3 * gflops / floor, "step_ms": step}
     ratio = float(np.median(seconds[:, 1] / seconds[:, 0]))
     return row | {"step_over_floor": ratio, "ms_per_turn": (1e3 * seconds).tolist()}
@@ -165,7 +165,7 @@ def measure(size, rounds):
 def main():
     options = parser(__doc__, rounds=7)
     options.add_argument("--sizes", nargs="+", choices=SIZES, default=["S", "M", "L"])
-    options.add_argument("--json", type=new_file, metavar="FILE", help="write all that was measured to this file")
+    options.add_argument("--json", type=Path, help="a file for all that was measured")
     args = options.parse_args()
     print_machine()
     print("| size | products alone, ms |     GF | GF/s | minilora step, ms | step ÷ floor |")

@@ -1,8 +1,9 @@
 """One training step on a GPU: minilora on CuPy beside PyTorch + PEFT, eager and compiled, and minilora on NumPy.
 
 LoRA with r = 8 on the six linears of every block, float32, AdamW; the same weights, adapters and tokens on all sides,
-whose first five losses must agree. Each side is a process of its own and has the card to itself while it is timed, by
-events on the GPU. gpu in README.md beside this file says how to run it; docs/gpu.md has what was seen.
+whose first five losses must agree. Each side is a process of its own and has the card to itself while it is timed. A
+step ends with its loss on the host, which waits for the GPU. README.md in this folder says how to run it; docs/gpu.md
+has the results.
 """
 
 import argparse
@@ -256,7 +257,7 @@ def machine(args):
             if card["reason"]:
                 raise Failure(f"no GPU: {card['reason']} (--sides numpy needs none)")
             facts["GPU"] = card["devices"][0]["name"]
-            facts |= {"driver": card["driver"] or "not known", "its CUDA": card["driver_cuda"]}
+            facts["the driver's CUDA"] = card["driver_cuda"]
             facts |= {"CuPy": card["cupy"], "CuPy's CUDA": card["runtime"]}
         facts |= side.ask("facts")
         print(f"minilora is {facts.pop('minilora is')}", file=sys.stderr)

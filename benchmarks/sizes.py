@@ -8,7 +8,6 @@ import datetime
 import os
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -17,74 +16,60 @@ from shapes import ALPHA, TARGETS, R
 LEAST_SECONDS = 0.2  # of a turn
 
 
-def threads_option(parser):
-    parser.add_argument("--threads", type=int, choices=[1, 2], default=1, help="of NumPy's BLAS; 1 by default")
-    return parser
+def parser(doc, rounds):
+    """The options that every script has: --threads and --rounds. ``doc``: the script's docstring."""
+    made = argparse.ArgumentParser(description=doc.partition("\n")[0], allow_abbrev=False)
+    made.add_argument("--rounds", type=int, default=rounds, help=f"turns of each side; {rounds} by default")
+    made.add_argument("--threads", type=int, default=1, help="of NumPy's BLAS; 1 by default")
+    return made
 
 
 _early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
-THREADS = threads_option(_early).parse_known_args()[0].threads
+_early.add_argument("--threads", type=int, default=1)
+THREADS = _early.parse_known_args()[0].threads
 for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
     os.environ[_name] = str(THREADS)
 
-try:
-    import numpy as np
+import numpy as np  # noqa: E402
 
-    import minilora
-    from minilora.backend import keep_heap
-    from minilora.tools.devices import cpu_name
-    from minilora.training.loop import training_step
-except ImportError as error:
-    sys.exit(f"{error}; in the root of the repository, run: python3 -m venv .bench && .bench/bin/pip install -e .")
+import minilora  # noqa: E402
+from minilora.tools.devices import cpu_name  # noqa: E402
 
 
-def parser(doc, rounds):
-    """The options that every script has: --threads and --rounds. ``doc``: the script's docstring."""
-    made = argparse.ArgumentParser(description=doc.partition("\n")[0])
-    made.add_argument("--rounds", type=at_least_one, default=rounds, help=f"turns of each side; {rounds} by default")
-    return threads_option(made)
-
-
-def at_least_one(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def new_file(text):
-    """A path that can be written to; said at the start, not after minutes of measuring."""
-    path = Path(text)
-    if not path.resolve().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder of {text!r} does not exist")
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a folder; give the name of a file")
-    return path
-
-
-def lora(vocab, T, d, layers, heads, batch):
-    """(model, optimizer, ids, targets): LoRA on the six linears of each block, float32, random tokens."""
+def adapted(size, method="lora", **options):
+    """(model, ids, targets) at ``size``, a row of SIZES: the six linears of each block, float32, random tokens."""
+    vocab, T, d, layers, heads, batch = size
     rng = np.random.default_rng(0)
     model = minilora.GPT(minilora.GPTConfig(vocab, T, d, layers, heads), rng)
-    minilora.adapt(model, "lora", TARGETS, r=R, alpha=ALPHA, verbose=False)
+    options |= {"r": R, "alpha": ALPHA} if {"r", "alpha"} <= set(minilora.methods.options(method)) else {}
+    minilora.adapt(model, method, TARGETS, verbose=False, **options)
     draws = rng.integers(0, vocab, (batch, T + 1))
-    # A low rate: weights hardly move, and every step costs the same.
-    return model, minilora.AdamW(model.trainable(), lr=1e-4), draws[:, :-1].copy(), draws[:, 1:].copy()
+    return model, draws[:, :-1].copy(), draws[:, 1:].copy()
 
 
-def lora_step(*size):
-    """One training step of minilora at ``size``, as a function without arguments."""
-    keep_heap()  # as train() does
-    model, optimizer, ids, targets = lora(*size)
-    return lambda: training_step(model, optimizer, ids, targets)
+def step_of(model, ids, targets, **options):
+    """One training step as a function that returns its seconds. ``options``: of minilora.train."""
+    optimizer = minilora.AdamW(model.trainable(), lr=1e-4)  # low, so that the weights hardly move
+    history = minilora.train(model, optimizer, [(ids, targets)], 1, progress=False, **options)
+
+    def step():
+        done = len(history.loss)
+        minilora.train(model, optimizer, [(ids, targets)], done + 1, history=history, progress=False, **options)
+        return history.seconds[-1]
+
+    return step
 
 
 def turn(f):
-    """The median seconds of a call, over at least LEAST_SECONDS of calls; the first, if short, warms the caches."""
+    """The median seconds of a call, over at least LEAST_SECONDS of calls; the first, if short, warms the caches.
+
+    If ``f`` returns a number, this is the seconds that it took.
+    """
     seconds, stop = [], time.perf_counter() + LEAST_SECONDS
     while not seconds or time.perf_counter() < stop:
         start = time.perf_counter()
-        f()
-        seconds.append(time.perf_counter() - start)
+        own = f()
+        seconds.append(time.perf_counter() - start if own is None else own)
     return statistics.median(seconds[1:] or seconds)
 
 

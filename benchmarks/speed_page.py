@@ -1,110 +1,99 @@
-"""Puts the recorded figures into docs/speed.md and README.md, between their marks: ``python benchmarks/speed_page.py``.
+"""Puts the recorded figures into the pages that show them: ``python benchmarks/speed_page.py``.
 
-What is printed there is what the JSON files in docs/speed/ say, and a test holds it so.
+The text between two marks there is made from the recorded JSON files, and a test keeps it so.
 """
 
 import json
 import re
-import statistics
 from pathlib import Path
 
+from compare_ratios import times
 from versus import report
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT, MIB = Path(__file__).resolve().parents[1], 2**20
 
 
 def load(name):
     return json.loads((ROOT / name).read_text(encoding="utf-8"))
 
 
-def facts(machine):
-    return "; ".join(f"{key} {value}" for key, value in machine.items()) + "."
-
-
-def versus(seen):
-    """The tables of versus_peft.py, by mark."""
-    rows = seen["rows"]
-    imports, start = seen["imports_mb"], seen["startup"]["median"]
-    under = f"Of the peak, the imports alone are {imports['minilora']:.0f} MB and {imports['torch']:.0f} MB."
-    startup = f"From before the import to the end of the first training step (S): minilora {start['minilora']:.2f} s, "
-    return {
-        "sizes": report.sizes(dict.fromkeys(row["size"] for row in rows)),
-        "steps": f"{report.steps(rows)}\n\n{facts(seen['machine'])} Command: `{seen['command']}`.",
-        "others": report.others([row for row in rows if row["method"] == "lora"]),
-        "forward": report.forward([row for row in rows if "forward_ms" in row]),
-        "generation": report.generation([row for row in rows if "forward_ms" in row]),
-        "memory": f"{report.memory(rows)}\n\n{under}",
-        "startup": f"{startup}PyTorch + PEFT {start['torch']:.2f} s.",
-    }
-
-
 def floor(seen):
+    facts = "; ".join(f"{key} {value}" for key, value in seen["machine"].items())
     heads = ["size", "matrix products alone, ms:", "GF/s:", "a step, ms:", "step ÷ products:"]
     numbers = {"products_ms": ".1f", "gflops_per_second": ".0f", "step_ms": ".1f", "step_over_floor": ".2f"}
     rows = [[size, *(format(row[key], form) for key, form in numbers.items())] for size, row in seen["results"].items()]
-    return f"{report.table(heads, rows)}\n\n{facts(seen['machine'])}"
+    return f"{report.table(heads, rows)}\n\n{facts}."
 
 
-def profile(seen):
-    sizes = list(seen["ms"])
-    heads = ["part of a step"] + [f"{size}, {unit}:" for size in sizes for unit in ("ms", "%")]
-    total = {size: sum(seen["ms"][size].values()) for size in sizes}
-    cells = lambda part: [
-        text
-        for size in sizes
-        for text in (f"{seen['ms'][size][part]:.1f}", f"{100 * seen['ms'][size][part] / total[size]:.0f}")
-    ]
-    rows = [[part, *cells(part)] for part in seen["ms"][sizes[0]]]
-    products = {size: sum(ms for part, ms in seen["ms"][size].items() if part.endswith("products")) for size in sizes}
-    bold = [f"**{x}**" for s, ms in products.items() for x in (f"{ms:.1f}", f"{100 * ms / total[s]:.0f}")]
-    return report.table(heads, [*rows, ["**the three products**", *bold]])
+TITLES = {"tiny": "The shipped model's shape, batch 8", "M": "Size M, batch 16"}  # of the tables of memory.py
+ACTIVATIONS = ["", "kept, MiB:", "÷ LoRA:", "the allocator, MiB:", "one block, MiB:", "peak, MiB:", "step ÷ LoRA:"]
 
 
-def operations(seen):
-    times = {}
-    for row in seen["benchmarks"]:
-        times.setdefault(row["group"], {})[row["params"]["side"]] = 1e3 * row["stats"]["min"]
-    heads = ["at size M", "minilora, ms:", "textbook, ms:", "ratio:"]
+def activations(seen):
+    """The tables of memory.py, with what they depend on."""
+    parts = []
+    for size, result in seen["sizes"].items():
+        vocabulary, T, d, layers, heads, batch = result["shape"]
+        shape = f"{layers} layers, d {d}, {heads} heads, T {T}, {vocabulary} characters: N = {batch * T:,} tokens"
+        lora, lines = result["rows"]["LoRA"]["kept_bytes"], []
+        for name, row in result["rows"].items():
+            again, off = row["again_bytes"], row["difference"]
+            lines.append([
+                name,
+                f"{row['kept_bytes'] / MIB:.1f}", f"{row['kept_bytes'] / lora:.2f}",
+                f"{row['allocator_bytes'] / MIB:.1f}", f"{again / MIB:.1f}" if again else "–",
+                f"{row['peak_bytes'] / MIB:.0f}", f"{row['step_ratio']:.2f}",
+                "–" if off is None else f"{off['gradient']:.0e}" if off["gradient"] else "0",
+            ])  # fmt: skip
+        lines.append(["the imports alone", *"––––", f"{result['import_peak_bytes'] / MIB:.0f}", *"––"])
+        parts += [f"**{TITLES[size]}** ({shape})", report.table([*ACTIVATIONS, "gradient off by:"], lines)]
+    facts = seen["machine"]
+    threads = "One thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
+    parts.append(
+        f"{threads}. {facts['CPU']}, {facts['cores']} cores, Python {facts['Python']}, NumPy {facts['numpy']} with "
+        f"{facts['blas']}, {facts['date']}; step times are medians of {seen['rounds']} rounds of turns."
+    )
+    return "\n\n".join(parts)
+
+
+def operations(times):
+    heads = ["at size M", "fast form, ms:", "plain form, ms:", "ratio:"]
     rows = [
-        [group, f"{t['minilora']:.2f}", f"{t['textbook']:.2f}", f"{t['minilora'] / t['textbook']:.2f}"]
-        for group, t in times.items()
+        [group, f"{t['fast']:.2f}", f"{t['plain']:.2f}", f"{t['fast'] / t['plain']:.2f}"] for group, t in times.items()
     ]
     return report.table(heads, rows)
 
 
-def range_of(rows, threads):
-    """ "0.84 to 1.00" of the ratios of LoRA on so many threads."""
-    ratios = [row["ratio_quartiles"][1] for row in rows if (row["method"], row["threads"]) == ("lora", threads)]
-    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+def span(values):
+    return f"{min(values):.2f} to {max(values):.2f}"
 
 
 def sentences(seen):
     """What README.md says of speed, in figures."""
-    rows = seen["rows"]
-    at = lambda threads: range_of(rows, threads)
-    lora = [row for row in rows if (row["method"], row["threads"]) == ("lora", 1)]
-    peak = [row["peak_mb"]["minilora"] / row["peak_mb"]["torch"] for row in lora]
-    compiled = [row["compiled_ratio_quartiles"][1] for row in lora if "compiled_ratio_quartiles" in row]
-    start = statistics.median(seen["startup"]["seconds"]["minilora"])
-    text = f"A LoRA step takes {at(1)} of the time of PyTorch + PEFT on one core of an Intel CPU, {at(2)} on two.\n"
-    text += f"One process takes {100 * min(peak):.0f} to {100 * max(peak):.0f} % of the peak memory; "
-    text += "from `import` to the end of "
-    text += f"the first step it is {start:.2f} s.\n"
-    if compiled:
-        text += f"Beside PyTorch at its best (`torch.compile`, fused AdamW) it is {min(compiled):.2f} to "
-        text += f"{max(compiled):.2f}. "
-    return text + "[All figures, and where they fall short](docs/speed.md)."
+    lora = {n: [row for row in seen["rows"] if (row["method"], row["threads"]) == ("lora", n)] for n in (1, 2)}
+    one, two = (span([row["ratio_quartiles"][1] for row in rows]) for rows in lora.values())
+    peak = [100 * row["peak_mb"]["minilora"] / row["peak_mb"]["torch"] for row in lora[1]]
+    compiled = span([row["compiled_ratio_quartiles"][1] for row in lora[1]])
+    return f"""\
+A LoRA step takes {one} of the time of PyTorch + PEFT on one core of an Intel CPU, {two} on two.
+One process has {min(peak):.0f} to {max(peak):.0f} % of the peak memory, and the first step ends \
+{seen["startup"]["median"]["minilora"]:.2f} s after the start of `import minilora`.
+Compared with PyTorch at its best (`torch.compile`, fused AdamW), a step takes {compiled} of the time. \
+[All figures, and where minilora is slower](docs/speed.md)."""
 
 
 def parts():
     """{file: {mark: text}} of all that stands between marks."""
     seen = load("docs/speed/versus_peft.json")
-    page = versus(seen) | {
+    page = report.tables(seen) | {
         "floor": floor(load("docs/speed/floor.json")),
-        "profile": profile(load("docs/speed/profile.json")),
-        "operations": operations(load("benchmarks/operations.json")),
+        "operations": operations(times(ROOT / "benchmarks/operations.json")),
     }
-    return {"docs/speed.md": page, "README.md": {"speed": sentences(seen)}}
+    return {
+        "docs/speed.md": page,
+        "docs/memory.md": {"tables": activations(load("docs/memory.json"))},
+        "README.md": {"speed": sentences(seen)},
+    }
 
 
 def filled(text, marks):

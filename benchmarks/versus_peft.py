@@ -8,6 +8,7 @@ falls on both. README.md beside this file says how to run it, and what is fair a
 
 import argparse
 import datetime
+import json
 import os
 import shlex
 import statistics
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from shapes import SIZES
 from versus import report, settings
-from versus.command import Failure, say, stem, write
+from versus.command import Failure, say, stem
 from versus.settings import CHECKED_STEPS, FIRST_STEP_ONLY, METHODS, MICRO_BATCHES, PROMPT, TOKENS, TOLERANCE
 from versus.side import Side, SideError
 
@@ -39,8 +40,7 @@ def options(words=None):
     parser.add_argument("--rounds", type=int, help="turns of each side; by size, if not given")
     parser.add_argument("--steps-per-round", type=int, help="timed steps in a turn; by size, if not given")
     parser.add_argument("--compile", action="store_true", help="time torch.compile with fused AdamW as well")
-    parser.add_argument("--startup", action="store_true", help="time import to first step too, as --all does")
-    parser.add_argument("--out", type=Path, help="a folder, or a path without ending: .json, .md and .png go there")
+    parser.add_argument("--out", type=Path, help="a folder, or a path without ending: .json and .png go there")
     args = parser.parse_args(words)
     if args.all and (args.sizes or args.methods or args.threads):
         parser.error("--all chooses --sizes, --methods and --threads itself; leave them out")
@@ -206,26 +206,22 @@ def machine():
 
 def run(args):
     facts, imports = machine()
-    seen = {
-        "machine": facts,
-        "imports_mb": imports,
-        "command": shlex.join(["versus_peft.py", *sys.argv[1:]]),
-        "rows": [],
-    }
-    print("; ".join(f"{key} {value}" for key, value in seen["machine"].items()), file=sys.stderr)
-    del seen["machine"]["minilora is"]  # a path of this machine, of interest while it runs
+    print("; ".join(f"{key} {value}" for key, value in facts.items()), file=sys.stderr)
+    del facts["minilora is"]  # a path, of interest while it runs
+    command = shlex.join(["versus_peft.py", *sys.argv[1:]])
+    seen = {"machine": facts, "imports_mb": imports, "command": command, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        if args.all or args.startup:
+        if args.all:
             seen["startup"] = startup(folder)
         for row in plan(args):
             begin = time.perf_counter()
             seen["rows"].append(compare(*row, args, folder))
             row = seen["rows"][-1]
             print(report.line(row), f"({time.perf_counter() - begin:.0f} s)", file=sys.stderr)
-            if args.out:
-                write(seen, report.tables(seen), args.out)
-    print(report.tables(seen))
+            if args.out:  # after every row, so that a run that is stopped leaves what it had
+                args.out.with_suffix(".json").write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
+    print(*report.tables(seen).values(), sep="\n\n")
     if args.out:
         from versus.plot import draw
 

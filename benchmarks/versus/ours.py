@@ -1,27 +1,20 @@
 """minilora's side. Nothing of PyTorch is imported here."""
 
 import platform
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 from shapes import ALPHA, SIZES, TARGETS, R
 
 import minilora
-from minilora.backend import keep_heap
 from minilora.tools.devices import cpu_name
-from minilora.training.loop import training_step
 
 from .settings import IDLE_RATE, METHODS
 from .side import Timed
 
 
 class Model(Timed):
-    """An adapted GPT with its optimizer, trained with BLAS threads, in micro-batches, or by ``workers`` processes."""
-
-    def __init__(self, start):
-        super().__init__(start)
-        self.stack = ExitStack()
+    """An adapted GPT and its optimizer, trained by minilora.train() on one batch, from turn to turn."""
 
     def make(self, size, method, path, batch=None):
         """Draw weights, adapter matrices and tokens, for both sides, into the file ``path``."""
@@ -29,7 +22,7 @@ class Model(Timed):
         batch = usual if batch is None else batch
         rng = np.random.default_rng(0)
         gpt = minilora.GPT(minilora.GPTConfig(*sizes), rng)
-        # Larger, and no bias 0 or norm 1: what was copied wrongly shows in the loss. Beyond d 128 less, so that the
+        # Larger, and no bias 0 or norm 1, so that a wrong copy shows in the loss. Beyond d 128 less, so that the
         # scores of attention, which grow with d, leave the softmax something to do.
         noise = 0.1 * min(1.0, (128 / gpt.config.n_embd) ** 0.5)
         for _, p in gpt.named_parameters():
@@ -47,61 +40,55 @@ class Model(Timed):
         options = {name: value for name, value in (("r", R), ("alpha", ALPHA)) if name in known}
         minilora.adapt(gpt, method, TARGETS, verbose=False, **options)
 
-    def build(self, size, method, path, micro_batches=None, workers=None, device="cpu"):
-        """The adapted model with the arrays of ``path``; returns how many numbers it has and how many it trains."""
+    def build(self, size, method, path, device="cpu", **options):
+        """The adapted model with the arrays of ``path``; returns its number of parameters and of trained ones.
+
+        ``options``: of minilora.train, such as ``micro_batches`` and ``workers``.
+        """
         self.gpt = minilora.GPT(minilora.GPTConfig(*SIZES[size][:-1]))
         with np.load(path) as arrays:
             for name, p in self.gpt.named_parameters():
                 p.data[...] = arrays[name]
-            self.ids, self.targets = arrays["ids"], arrays["targets"]
+            self.batch = arrays["ids"], arrays["targets"]
         self.gpt.to(device)
         self.adapt(self.gpt, method)  # draws the matrices that ``path`` has for PyTorch: they come from a seed
         self.optimizer = minilora.AdamW(self.gpt.trainable(), METHODS[method][-1], eps=1e-8, weight_decay=0.0)
-        keep_heap()  # as train() does
-        self.options = {} if micro_batches is None else {"micro_batches": micro_batches}
-        if workers is not None:
-            from minilora.training.workers import Workers
-
-            self.options["team"] = self.stack.enter_context(Workers(self.gpt, self.optimizer, workers))
+        self.options, self.history = options, None
         if device == "cuda":
-            self.use_the_gpu_s_clock()
+            import cupy
+
+            self.pool = cupy.get_default_memory_pool().total_bytes  # it never shrinks
         numbers = sum(p.data.size for _, p in self.gpt.named_parameters())
         return {"trained": self.optimizer.data.size, "numbers": numbers}
-
-    def use_the_gpu_s_clock(self):
-        import cupy
-
-        def mark():
-            event = cupy.cuda.Event()
-            event.record()
-            return event
-
-        def between(a, b):
-            b.synchronize()
-            return cupy.cuda.get_elapsed_time(a, b)
-
-        self.mark, self.between = mark, between
-        self.pool = cupy.get_default_memory_pool().total_bytes  # it never shrinks by itself
-
-    def close(self):
-        self.stack.close()
 
     def idle_rate(self):
         self.optimizer.lr *= IDLE_RATE
 
-    def step(self):
-        return training_step(self.gpt, self.optimizer, self.ids, self.targets, **self.options)[0]
+    def steps(self, n):
+        """(loss, seconds) of each of ``n`` more steps at a constant learning rate."""
+        done = 0 if self.history is None else len(self.history.loss)
+        self.history = minilora.train(
+            self.gpt, self.optimizer, [self.batch] * n, done + n,
+            floor=1.0, progress=False, history=self.history, **self.options,
+        )  # fmt: skip
+        return list(zip(self.history.loss[done:], self.history.seconds[done:], strict=True))
+
+    def turn(self, what, n, warm):
+        if what != "step":
+            return super().turn(what, n, warm)
+        warm = max(warm, int(self.options.get("workers", 1) > 1))  # train() starts its workers anew
+        return [1e3 * seconds for _, seconds in self.steps(n + warm)[warm:]]
 
     def forward(self):
         with minilora.no_grad():
-            return float(self.gpt.loss(self.ids, self.targets).data)
+            return float(self.gpt.loss(*self.batch).data)
 
     def generate(self, prompt, n):
-        return self.gpt.generate(self.ids[:1, :prompt], n, temperature=0.0)[0].tolist()
+        return self.gpt.generate(self.batch[0][:1, :prompt], n, temperature=0.0)[0].tolist()
 
     def kept(self):
         """Bytes that one forward pass keeps for backward."""
-        return minilora.kept_bytes(self.gpt.loss(self.ids, self.targets), self.gpt)
+        return minilora.kept_bytes(self.gpt.loss(*self.batch), self.gpt)
 
     def facts(self):
         versions = {

@@ -8,12 +8,6 @@ NAMES = {
     "torch": "PyTorch + PEFT",
     "torch_compiled": "torch.compile",
 }
-OPENING = """All rows behind [Speed](../speed.md). A step is forward, backward and AdamW; r = 8 on the six linears of
-each block. *Ratio*: minilora ÷ PyTorch + PEFT, so that below 1 minilora is faster; its median over the rounds, and
-their quartiles. *Threads*: of both sides; on two, minilora's time is the better of two workers, each with one thread,
-and one process with two threads of BLAS."""
-OF_ONE_PROCESS = """*Peak*: the most memory of one process; on two threads it is the one with two threads of BLAS, not
-the two workers whose times are above. *Keeps*: what one forward pass keeps for backward."""
 
 
 def name(label):
@@ -40,28 +34,25 @@ def table(heads, rows):
 
 
 def tables(seen):
-    """The whole report."""
+    """{name: Markdown} of all that was measured, in the order of docs/speed.md."""
     rows = seen["rows"]
-    facts = "; ".join(f"{key} {value}" for key, value in seen["machine"].items())
-    parts = ["# minilora beside PyTorch + PEFT", OPENING, sizes(dict.fromkeys(row["size"] for row in rows))]
-    parts += [f"{facts}.", f"```sh\npython benchmarks/{seen['command']}\n```", "## One training step", steps(rows)]
-    notes = [f"- {r['size']}, {r['method']}, {r['threads']} thread(s): {note}" for r in rows for note in r["notes"]]
-    parts += ["\n".join(notes)] if notes else []
     lora = [row for row in rows if "forward_ms" in row]
+    facts = "; ".join(f"{key} {value}" for key, value in seen["machine"].items())
+    found = {
+        "sizes": sizes(dict.fromkeys(row["size"] for row in rows)),
+        "steps": f"{steps(rows)}\n\n{facts}. Command: `{seen['command']}`.",
+    }
     if lora:
-        parts += ["## LoRA's step in other ways", others(lora)]
-        parts += ["## Forward alone, and generation (LoRA, not merged)", forward(lora), generation(lora)]
-    parts += ["## Memory", memory(rows), OF_ONE_PROCESS]
+        found |= {"others": others(lora), "forward": forward(lora), "generation": generation(lora)}
+    found["memory"] = memory(rows)
     if None not in seen["imports_mb"].values():
-        ours, theirs = (f"{seen['imports_mb'][side]:.0f} MB" for side in ("minilora", "torch"))
-        parts += [f"Of the peak, the imports alone: minilora {ours}, PyTorch + PEFT {theirs}."]
+        ours, theirs = seen["imports_mb"]["minilora"], seen["imports_mb"]["torch"]
+        found["memory"] += f"\n\nOf the peak, the imports alone are {ours:.0f} MB and {theirs:.0f} MB."
     if "startup" in seen:
-        s = seen["startup"]["median"]
-        text = f"minilora {s['minilora']:.2f} s, PyTorch + PEFT {s['torch']:.2f} s: "
-        text += f"{s['torch'] / s['minilora']:.0f} times as long. From before the import to the end of the first"
-        parts += ["## Start-up", f"{text} training step; size S, LoRA, 1 thread, a fresh process each time."]
-    parts += ["## The same work", same(rows)]
-    return "\n\n".join(parts)
+        start = seen["startup"]["median"]
+        text = "From before the import to the end of the first training step (S): minilora "
+        found["startup"] = f"{text}{start['minilora']:.2f} s, PyTorch + PEFT {start['torch']:.2f} s."
+    return found
 
 
 def sizes(names):
@@ -141,16 +132,4 @@ def memory(rows):
         cells = [row["size"], f"`{row['method']}`", str(row["threads"])]
         cells += [shown(peak, side, ",.0f") for side in ("minilora", "minilora_micro_batches", "torch")]
         out.append([*cells, *(f"{kept[side] / 2**20:.1f}" for side in ("minilora", "torch"))])
-    return table(heads, out)
-
-
-def same(rows):
-    heads = ["size", "method", "threads:", "numbers trained:", "loss of step 1:", "of step 5:", "apart by at most:"]
-    heads += ["PyTorch's AdamW"]
-    out = []
-    for row in rows:
-        first, *_, last = row["losses"]["torch"]
-        cells = [row["size"], f"`{row['method']}`", str(row["threads"]), f"{row['trained']:,}", f"{first:.4f}"]
-        apart = f"{row['loss_distance']:.0e}" + (" (step 1 alone)" if row["method"] == "dora" else "")
-        out.append([*cells, f"{last:.4f}", apart, row["torch_adamw"]])
     return table(heads, out)

@@ -6,6 +6,7 @@ finds its threads, its allocator or its modules changed by the other.
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -88,23 +89,27 @@ def serve(module):
             words = [line for line in str(exception).splitlines() if line.strip()] or ["no message"]
             error, missing = f"{type(exception).__name__}: {words[0]}", isinstance(exception, ImportError)
         print(json.dumps([answer, error, missing]), file=answers, flush=True)
-    if side is not None:
-        side.close()
+
+
+def peak_bytes():
+    """The most bytes that this process has had resident, or None where the system does not say (not Linux)."""
+    status = Path("/proc/self/status")  # not getrusage's maximum, which a child takes over from its parent
+    if not status.exists():
+        return None
+    (high,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(high.split()[1]) * 1024
 
 
 class Timed:
-    """What both sides answer alike. A side has step(), forward() and generate(n); each runs once and waits for it."""
+    """What both sides answer alike. A side has step(), forward() and generate(n); each waits for its result."""
 
     def __init__(self, start):
         self.start, self.imported = start, self.peak()
 
-    def close(self):
-        pass
-
     def startup(self, **arguments):
         """Seconds from before the first import to the end of the first training step."""
         self.build(**arguments)
-        self.step()
+        self.steps(1)
         return time.perf_counter() - self.start
 
     def steps(self, n):
@@ -118,19 +123,11 @@ class Timed:
     def turn(self, what, n, warm):
         """The milliseconds of each of ``n`` calls of ``what``, after ``warm`` that are not timed."""
         call, marks = getattr(self, what), []
-        for _ in range(n + warm + 1):
-            marks.append(self.mark())
-            if len(marks) <= n + warm:
-                call()
-        return [self.between(a, b) for a, b in zip(marks[warm:], marks[warm + 1 :], strict=False)]
-
-    def mark(self):
-        """A point in time; on a GPU an event of its own clock."""
-        return time.perf_counter()
-
-    def between(self, a, b):
-        """Milliseconds from one mark to a later one."""
-        return 1e3 * (b - a)
+        for _ in range(n + warm):
+            marks.append(time.perf_counter())
+            call()
+        marks.append(time.perf_counter())
+        return [1e3 * (b - a) for a, b in itertools.pairwise(marks[warm:])]
 
     def pool(self):
         """The bytes that the array library has taken from the GPU so far, or None on the CPU."""
@@ -142,11 +139,8 @@ class Timed:
 
     def peak(self):
         """The most memory that this process has had resident, in MB, or None where the system does not say."""
-        status = Path("/proc/self/status")  # not getrusage's maximum, which a child takes over from its parent
-        if not status.exists():
-            return None
-        (high,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(high.split()[1]) * 1024 / 1e6
+        most = peak_bytes()
+        return None if most is None else most / 1e6
 
     def blas(self):
         """NumPy's BLAS: name, version and threads."""

@@ -102,27 +102,14 @@ class Model(Timed):
         self.net = net.to(device)
         self.ids, self.targets = self.ids.to(device), self.targets.to(device)
         if device == "cuda":
-            self.use_the_gpu_s_clock(tf32)
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+            self.pool = torch.cuda.max_memory_reserved
         self.call = torch.compile(net, mode=None if compiled is True else compiled) if compiled else net
         self.adamw = "fused" if compiled else adamw or self.fastest_adamw()
         self.optimizer = self.make_adamw(self.adamw, self.lr)
         keep_heap()
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         return {"trained": trained, "adamw": self.adamw}
-
-    def use_the_gpu_s_clock(self, tf32):
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-
-        def mark():
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            return event
-
-        def between(a, b):
-            b.synchronize()
-            return a.elapsed_time(b)
-
-        self.mark, self.between, self.pool = mark, between, torch.cuda.max_memory_reserved
 
     def make_adamw(self, loop, lr):
         settings = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}[loop]
