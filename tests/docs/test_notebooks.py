@@ -59,7 +59,8 @@ def test_source_and_notebook_have_the_same_cells(name):
     """The notebook's cells, written as a percent-format file, are the source below its head."""
     comment = lambda text: "\n".join(f"# {line}".rstrip() for line in text.split("\n"))
     twin = [f"# %%\n{text}" if kind == "code" else f"# %% [markdown]\n{comment(text)}" for kind, text in cells(name)]
-    assert source_of(name).split("# ---\n\n", 1)[1] == "\n\n".join(twin) + "\n", f"run: notebooks/make.py {name}.py"
+    source = re.sub(r"\n{3,}# %%", "\n\n# %%", source_of(name).split("# ---\n\n", 1)[1])
+    assert source == "\n\n".join(twin) + "\n", f"run: python notebooks/make.py notebooks/{name}.py"
 
 
 @every_notebook
