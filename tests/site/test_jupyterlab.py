@@ -1,4 +1,4 @@
-"""JupyterLab, as a reader has it: the first notebook is opened in a browser and run from top to bottom."""
+"""JupyterLab, as a reader has it: a notebook is opened in a browser and run from top to bottom."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 from browsing import set_size
 
 pytestmark = pytest.mark.site
-TOUR = Path(__file__).parents[2] / "notebooks/00_tour.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "notebooks/01_engine.ipynb"
 CELLS = """
 return [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')].map(c => ({
   prompt: c.querySelector('.jp-InputPrompt').textContent.replace(/[^0-9*]/g, ''),
@@ -24,13 +24,13 @@ return [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')].map(c => ({
 
 @pytest.fixture
 def lab(tmp_path):
-    """The address of a JupyterLab with a copy of the first notebook without its outputs."""
+    """The address of a JupyterLab with a copy of the notebook without its outputs."""
     pytest.importorskip("jupyterlab", reason="needs JupyterLab: pip install 'minilora[notebooks]'")
-    notebook = json.loads(TOUR.read_text(encoding="utf-8"))
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             cell["outputs"], cell["execution_count"] = [], None
-    (tmp_path / TOUR.name).write_text(json.dumps(notebook), encoding="utf-8")
+    (tmp_path / NOTEBOOK.name).write_text(json.dumps(notebook), encoding="utf-8")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -54,12 +54,12 @@ def lab(tmp_path):
         process.wait(20)
 
 
-def test_run_all_runs_the_first_notebook(browser, lab):
+def test_run_all_runs_a_notebook(browser, lab):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
     set_size(browser, 1400, 20_000)  # so tall that JupyterLab draws every cell
-    browser.get(f"{lab}/lab/tree/{TOUR.name}?reset")
+    browser.get(f"{lab}/lab/tree/{NOTEBOOK.name}?reset")
     WebDriverWait(browser, 90).until(lambda b: "Idle" in b.page_source and b.execute_script(CELLS))
     for text in ("Run", "Run All Cells"):
 
