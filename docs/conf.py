@@ -107,7 +107,7 @@ def printed_help(words) -> str:
     os.environ["COLUMNS"] = "90"  # the width that argparse writes for
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        build_parser(words).parse_args(words)
+        build_parser().parse_args(words)
     return printed.getvalue()
 
 

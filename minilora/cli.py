@@ -1,12 +1,17 @@
-"""The command line, thin: ``minilora compare``, ``train``, ``methods``, ``check`` and what ``--help`` lists beside.
+"""The command line, thin: ``minilora compare``, ``train``, ``methods``, ``check`` and the rest that ``--help`` lists.
 
-It parses, calls, prints, and turns an error that the user can mend into one line and exit code 2.
+Each command is two functions in this file: NAME_flags(parser) declares its flags, run_NAME(args) does the work, and
+the first line of its docstring is the help. Both import what they need when the command runs, so that none waits for
+another's modules. An error that the user can mend is one line and exit code 2.
 """
 
 import argparse
+import dataclasses
 import inspect
 import json
 import sys
+from types import NoneType, UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
 from . import methods
 from .errors import InputError, Interrupted, TrainingStopped
@@ -14,9 +19,8 @@ from .errors import InputError, Interrupted, TrainingStopped
 
 def main(argv=None) -> int:
     """Run one command; returns the exit code: 0, 1 for a failed check or a stopped run, 2 for unusable input."""
-    argv = sys.argv[1:] if argv is None else argv
     try:
-        args = build_parser(argv).parse_args(argv)
+        args = build_parser().parse_args(argv)
         return args.run(args) or 0
     except InputError as error:
         print(f"minilora: error: {error}", file=sys.stderr)
@@ -35,219 +39,260 @@ def main(argv=None) -> int:
         return 0
 
 
+# ------------------------------------------------------------------------------------------------- parsers and flags
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one; an option without says in its own words what happens."""
+    """Shows a default if there is one; the help of an option without a default says what happens then."""
 
     def _get_help_string(self, action):
         nothing = action.default is False or action.default in (None, [])
         return action.help if nothing else super()._get_help_string(action)
 
 
-def build_parser(argv) -> argparse.ArgumentParser:
-    """The parser; a method's own fields become flags of ``train`` once its name is on the command line."""
-    parser = argparse.ArgumentParser(
-        prog="minilora", description=inspect.getdoc(sys.modules["minilora"]).split("\n")[0]
-    )
-    parser.add_argument("--version", action="version", version=f"minilora {sys.modules['minilora'].__version__}")
+class Parser(argparse.ArgumentParser):
+    """A parser that declares its flags when it is used: ``declare(parser)`` adds them."""
+
+    def __init__(self, *arguments, declare=None, **options):
+        super().__init__(*arguments, allow_abbrev=False, formatter_class=Help, **options)
+        self.declare = declare
+
+    def parse_known_args(self, args=None, namespace=None):
+        declare, self.declare = self.declare, None
+        if declare is not None:
+            declare(self)
+        return super().parse_known_args(args, namespace)
+
+
+class MethodNames(dict):
+    """The choices of ``train``: a word that is not a method raises InputError, with the nearest name."""
+
+    def __contains__(self, word):
+        if not super().__contains__(word):
+            try:
+                methods.get(word)
+            except InputError as error:
+                raise InputError(f"{error}. A method's own options go after its name") from None
+        return True
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    package = sys.modules["minilora"]
+    parser = Parser(prog="minilora", description=inspect.getdoc(package).split("\n")[0])
+    parser.add_argument("--version", action="version", version=f"minilora {package.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    def command(name, run, help):
-        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False,
-                                  formatter_class=Help)  # fmt: skip
-        sub.set_defaults(run=run)
-        return sub
-
-    p = command("compare", run_compare, "Fine-tune on real text with every method; write a table and a figure.")
-    p.add_argument("--methods", nargs="+", metavar="NAME", help="methods to compare; all by default")
-    p.add_argument("--steps", type=int, default=120, help="training steps for each method")
-    p.add_argument("--r", type=int, help="rank of all methods, instead of each method's own default")
-    p.add_argument("--alpha", type=float, help="alpha of all methods, instead of each method's own default")
-    p.add_argument("--lr", type=float, help="one learning rate for all, instead of each method's recorded one")
-    p.add_argument("--batch", type=int, default=8, help="sequences per step")
-    p.add_argument("--out", default="compare", metavar="DIR", help="folder for compare.json, .md and .png")
-    worker_flag(p)
-    common(p)
-
-    p = command("train", run_train, "Fine-tune with one method, on the Folio or on your own text; save the adapter.")
-    p.add_argument("method", metavar="METHOD", nargs="?", help="one of: " + ", ".join(methods.names()))
-    p.add_argument("--data", metavar="FILE", help="your own text, UTF-8; its last tenth is held out")
-    p.add_argument("--replace-unknown", metavar="CHAR", help="put CHAR for characters that the tokenizer lacks")
-    p.add_argument("--target-modules", default="all-linear", metavar="NAMES",
-                   help='layers to adapt: "all-linear", or names such as q,v')  # fmt: skip
-    p.add_argument("--steps", type=int, default=150, help="training steps")
-    p.add_argument("--lr", type=float, help="peak learning rate; the method's recorded one by default")
-    p.add_argument("--batch", type=int, default=8, help="sequences per step")
-    p.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up, before the cosine")
-    p.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, on matrices")
-    p.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    p.add_argument("--out", default="runs/train", metavar="DIR",
-                   help="folder for adapter.safetensors, history.json and checkpoint.safetensors")  # fmt: skip
-    p.add_argument("--checkpoint-every", type=int, default=25, metavar="N", help="steps between two checkpoints")
-    p.add_argument("--overwrite", action="store_true", help="replace an unfinished run in the folder")
-    p.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, with its own settings")
-    p.add_argument("--micro-batches", type=int, default=1, metavar="K",
-                   help="take each batch in K parts, one after another: the same step in less memory")  # fmt: skip
-    recompute_flag(p)
-    worker_flag(p)
-    common(p)
-    method_flags(p, argv)
-    if any(word.split("=")[0] == "--resume" for word in argv):  # then only what is given counts
-        for action in p._actions:
-            action.default = argparse.SUPPRESS
-
-    from .files import peft
-    from .lab import sweep
-    from .lab.task import PROMPT
-
-    p = command(
-        "sweep", sweep.run_sweep, "Method × rank × alpha × learning rate × seed, on processes or a Dask cluster."
-    )
-    sweep.add_arguments(p)
-
-    p = command("pretrain", run_pretrain, "Make the base model again: a tiny GPT trained on modern Shakespeare.")
-    p.add_argument("--steps", type=int, help="training steps; the recipe's by default")
-    p.add_argument("--out", default="pretrained.safetensors", metavar="FILE", help="the model file to write")
-    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute")
-    worker_flag(p, "1: dropout, and so the model, depends on it")
-
-    p = command("generate", run_generate, "Write text with the base model, or with an adapter that train saved.")
-    p.add_argument("--adapter", metavar="DIR", help="folder of a train run, or of PEFT")
-    p.add_argument("--prompt", default=PROMPT, help="text to go on from")
-    p.add_argument("--tokens", type=int, default=400, help="characters to write")
-    p.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
-    p.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest characters only")
-    common(p)
-
-    p = command("export", run_export, "Write a run's adapter for PEFT, or its merged model for transformers.")
-    p.add_argument("adapter", metavar="RUN", help="folder of a train run")
-    p.add_argument("folder", metavar="DIR", help="folder to write")
-    p.add_argument("--form", default="adapter", choices=peft.FORMS,
-                   help="the method's own kind, LoRA in any case, or the whole model, merged")  # fmt: skip
-    p.add_argument("--names", default="gpt2", choices=peft.NAMES, help="of modules, as in transformers or as here")
-    p.add_argument("--with-base", action="store_true", help="write the base model too, for transformers: DIR/base")
-    base_flag(p)
-
-    p = command("import", run_import, "Read an adapter that PEFT wrote; save it as train does.")
-    p.add_argument("adapter", metavar="DIR", help="folder with adapter_config.json and adapter_model.safetensors")
-    p.add_argument("--out", required=True, metavar="RUN", help="folder for adapter.safetensors")
-    base_flag(p)
-
-    p = command("methods", run_methods, "List the methods: what each trains, keeps and costs.")
-    p.add_argument("--json", action="store_true", help="print JSON")
-
-    p = command("ledger", run_ledger, "Who keeps which bytes for backward, beside what the allocator says.")
-    p.add_argument("methods", nargs="+", metavar="METHOD", help="methods to audit, on the shipped model")
-    p.add_argument("--batch", type=int, default=8, help="sequences of the full context")
-    p.add_argument("--json", action="store_true", help="print JSON")
-    recompute_flag(p)
-
-    p = command("trace", run_trace, "One training step of the shipped model, operation by operation.")
-    p.add_argument("method", metavar="METHOD", help="the method that adapts it")
-    p.add_argument("--batch", type=int, default=1, help="sequences of the full context")
-
-    p = command("diff", run_diff, "What one method changes in another: equations and lines of code, nothing else.")
-    p.add_argument("first", metavar="METHOD")
-    p.add_argument("second", metavar="METHOD")
-
-    p = command("devices", run_devices, "What can compute here: the CPU, and each GPU or why there is none.")
-    p.add_argument("--json", action="store_true", help="print JSON")
-
-    p = command("check", run_check, "Check hand-written gradients against finite differences and the complex step.")
-    p.add_argument("methods", nargs="*", metavar="METHOD", help="methods to check; all and the operations by default")
-    p.add_argument("--file", metavar="FILE", help="a method file to grade line by line: an exercise, or your own")
-    p.add_argument("--json", action="store_true", help="print JSON")
-    p.add_argument("--verbose", "-v", action="store_true", help="show every array of every check, not only failures")
-
-    p = command("exercise", run_exercise, "Write a method's file without its backward, for you to fill in.")
-    p.add_argument("method", metavar="METHOD", help="one of those with a backward of their own")
-    p.add_argument("--out", metavar="FILE", help="the file to write; METHOD_exercise.py by default")
+    for name, (flags, run) in COMMANDS.items():
+        help = inspect.getdoc(run).split("\n")[0]
+        commands.add_parser(name, help=help, description=help, declare=flags).set_defaults(run=run)
     return parser
 
 
+def add_flags(parser, kind, otherwise=None):
+    """A flag for each field of the dataclass ``kind`` whose metadata have a help text, or for all with ``otherwise``.
+
+    The result of parsing has only the flags that were given: the defaults stand in the dataclass alone.
+    """
+    hints = get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        help = f.metadata.get("help") or otherwise
+        if help is None:
+            continue
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        words = argument(hints[f.name]) | f.metadata.get("argument", {})
+        if not (default is None or default is False):
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            help = f"{help} (default: {shown})"
+        flag = f.metadata.get("flag") or "--" + f.name.replace("_", "-")
+        parser.add_argument(flag, dest=f.name, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **words)
+
+
+def argument(kind) -> dict:
+    """What argparse needs for a value of the type ``kind``, such as int, bool, float | None or list[int]."""
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(one for one in get_args(kind) if one is not NoneType)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if (get_origin(kind) or kind) in (list, tuple):
+        return {"nargs": "+", "type": [*get_args(kind), str][0]}
+    return {"type": kind}
+
+
+def given(args, kind) -> dict:
+    """Those fields of the dataclass ``kind`` that the command line gave."""
+    return {f.name: vars(args)[f.name] for f in dataclasses.fields(kind) if f.name in args}
+
+
 def base_flag(p):
-    help = "a model file from pretrain, or a folder of transformers' GPT-2; the shipped one by default"
+    help = "a model file from pretrain, or a folder of transformers' GPT-2; the shipped model by default"
     p.add_argument("--base", metavar="FILE", help=help)
 
 
-def common(p):
-    base_flag(p)
-    p.add_argument("--seed", type=int, default=0, help="of every random draw")
-    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute")
+def device_flag(p):
+    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="device to compute on")
 
 
-def worker_flag(p, usual="as many as there are cores, at most 4; 1 where there is no fork"):
-    help = f"processes that share each batch out, one core each; by default {usual}"
-    p.add_argument("--workers", type=int, default=argparse.SUPPRESS, metavar="N", help=help)
+def json_flag(p):
+    p.add_argument("--json", action="store_true", help="print JSON")
 
 
-def recompute_flag(p):
-    help = "activation checkpointing: save each block's input alone, and compute the rest again in backward"
-    p.add_argument("--recompute", action="store_true", help=help)
+# ------------------------------------------------------------------------------------------------- train and compare
 
 
-def workers(args):
-    from .training.workers import usual_workers
+def compare_flags(p):
+    from .lab.settings import Comparison
 
-    return args.workers if "workers" in args else usual_workers(args.device)
-
-
-def method_flags(p, argv):
-    """Add a flag for each field of the method that the command line names, such as --r and --alpha."""
-    named = [word for word in argv if word in methods.names()]
-    group = p.add_argument_group("the method's own options")
-    for name, (kind, default) in (methods.options(named[0]) if named else {}).items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help="see minilora methods")
+    add_flags(p, Comparison)
+    p.add_argument("--out", default="compare", metavar="DIR", help="folder for compare.json, .md and .png")
 
 
 def run_compare(args):
+    """Fine-tune on real text with every method; write a table and a figure."""
     from .lab.compare import compare
+    from .lab.settings import Comparison
 
-    names = args.methods and [name for word in args.methods for name in word.split(",") if name]
-    compare(names, args.steps, args.seed, args.device, args.r, args.alpha, args.out, args.lr, args.batch, args.base,
-            workers=workers(args))  # fmt: skip
+    compare(Comparison(**given(args, Comparison)), args.out)
+
+
+def train_flags(p):
+    run_flags(p)
+    help = "one of: " + ", ".join(methods.names()) + "; METHOD --help lists its own options too"
+    chosen = p.add_subparsers(dest="method", metavar="METHOD", help=help)
+    for name in methods.names():
+        description = f"{inspect.getdoc(run_train)} The method: {name}."
+        chosen.add_parser(name, description=description, declare=method_flags(name))
+    chosen.choices = MethodNames(chosen.choices)
+
+
+def run_flags(p):
+    """The flags of ``train``, which may stand before the method's name or after it."""
+    from .lab.settings import Settings
+
+    add_flags(p, Settings)
+    once = {"default": argparse.SUPPRESS}  # so that a parser that reads the rest does not overwrite what was given
+    p.add_argument("--out", metavar="DIR", help="folder of the run's files (default: runs/train)", **once)
+    p.add_argument("--overwrite", action="store_true", help="replace an unfinished run in the folder", **once)
+    p.add_argument("--resume", metavar="DIR", help="resume the run in this folder, with its own settings", **once)
+
+
+def method_flags(name):
+    """A function that declares the flags of ``train`` and those of the method ``name``."""
+
+    def declare(p):
+        run_flags(p)
+        group = p.add_argument_group("the method's own options")
+        add_flags(group, methods.get(name), f"see the equations at the top of methods/{name}.py")
+
+    return declare
 
 
 def run_train(args):
+    """Fine-tune with one method, on the Folio or on your own text; save the adapter."""
     from .lab.finetune import finetune, resume
+    from .lab.settings import Settings
 
-    if "resume" in args and args.resume is not None:
-        given = sorted(set(vars(args)) - {"run", "resume", "workers", "device"})
-        if given:
+    if "resume" in args:
+        left = {name for name, value in vars(args).items() if value is not None} - {
+            "run",
+            "resume",
+            "workers",
+            "device",
+        }
+        if left:
             raise InputError(
-                f"--resume goes on with the run's own settings; leave out {', '.join(given)}, "
+                f"--resume continues with the run's own settings; leave out {', '.join(sorted(left))}, "
                 "or begin another run with another --out"
             )
         resume(args.resume, vars(args).get("workers"), vars(args).get("device"))
         return
     if args.method is None:
         raise InputError(f"name a method, one of {', '.join(methods.names())}; or --resume DIR")
-    methods.get(args.method)
-    options = {name: getattr(args, name) for name in methods.options(args.method)}
-    targets = args.target_modules if args.target_modules == "all-linear" else args.target_modules.split(",")
-    finetune(
-        methods.create(args.method, **options), targets, data=args.data, replace=args.replace_unknown, steps=args.steps,
-        lr=args.lr, batch=args.batch, warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip, out=args.out,
-        base=args.base, seed=args.seed, device=args.device, workers=workers(args), micro_batches=args.micro_batches,
-        recompute=args.recompute, every=args.checkpoint_every, overwrite=args.overwrite,
-    )  # fmt: skip
+    settings = Settings(**given(args, Settings), options=given(args, methods.get(args.method)))
+    finetune(settings, vars(args).get("out", "runs/train"), "overwrite" in args)
+
+
+def sweep_flags(p):
+    import os
+
+    from .lab.settings import Grid
+
+    add_flags(p, Grid)
+    add = p.add_argument
+    add("--workers", type=int, metavar="N", default=os.cpu_count() or 1, help="local processes")
+    add("--dask", metavar="ADDRESS", help="run on this Dask cluster instead, such as tcp://127.0.0.1:8786")
+    add("--out", default="sweep.jsonl", metavar="FILE", help="one JSON line per run; the same command again resumes")
+    add("--retry-failed", action="store_true", help="do failed runs again")
+    add("--report", action="store_true", help="run nothing; print a table of --out and draw it as .png next to it")
+    add("--record", metavar="FILE", help="run nothing; write the best rates of --out as learning_rates.json has them")
+    add("--allow-edge", action="store_true", help="let --record take a rate at the edge of the grid")
+
+
+def run_sweep(args):
+    """Method × rank × alpha × learning rate × seed, on processes or a Dask cluster."""
+    from pathlib import Path
+
+    from .files.saving import write_atomically
+    from .lab import executors, figures, results, sweep
+    from .lab.settings import Grid
+    from .plots import png
+
+    out, picture = Path(args.out), Path(args.out).with_suffix(".png") if args.out else Path()
+    if out in (picture, Path(args.record or "")):
+        raise InputError(f'--out "{out}" would be written over by --report or --record; choose another name')
+    if args.report or args.record:
+        lines = list(results.read(out)[0].values())
+        if not lines:
+            raise InputError(f'"{out}" holds no runs; do some with minilora sweep --out "{out}"')
+    else:
+        runs = sweep.runs_of(Grid(**given(args, Grid)))
+        with executors.cluster(args.dask) if args.dask else executors.local(args.workers) as executor:
+            lines = sweep.sweep(runs, executor, out, retry_failed=args.retry_failed)
+    print(results.table(lines))
+    if args.report:
+        write_atomically(picture, png(figures.sweep(lines)))
+        print(f"Written: {picture}")
+    if args.record:
+        results.record(lines, args.record, args.allow_edge)
+
+
+def pretrain_flags(p):
+    p.add_argument("--steps", type=int, help="training steps; the recipe's by default")
+    p.add_argument("--out", default="pretrained.safetensors", metavar="FILE", help="the model file to write")
+    device_flag(p)
+    help = "data-parallel processes, one core each; the draws of dropout, and so the model, depend on it"
+    p.add_argument("--workers", type=int, default=1, metavar="N", help=help)
 
 
 def run_pretrain(args):
-    from dataclasses import replace
+    """Make the base model again: a tiny GPT trained on modern Shakespeare."""
     from pathlib import Path
 
     from .files.base import save_model
     from .files.saving import writable_folder
     from .lab.pretrain import Recipe, pretrain
 
-    recipe = Recipe() if args.steps is None else replace(Recipe(), steps=args.steps)
+    recipe = Recipe() if args.steps is None else dataclasses.replace(Recipe(), steps=args.steps)
     writable_folder(Path(args.out).parent)
-    model, history = pretrain(recipe, args.device, workers=vars(args).get("workers", 1))
+    model, history = pretrain(recipe, args.device, workers=args.workers)
     save_model(args.out, model.to("cpu"))
     print(f"Written: {args.out}, after {sum(history.seconds):.0f} s of training")
 
 
+def generate_flags(p):
+    from .lab.task import PROMPT
+
+    p.add_argument("--adapter", metavar="DIR", help="folder of a train run, or of PEFT")
+    p.add_argument("--prompt", default=PROMPT, help="text to continue")
+    p.add_argument("--tokens", type=int, default=400, help="characters to write")
+    p.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    p.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest characters only")
+    base_flag(p)
+    p.add_argument("--seed", type=int, default=0, help="seed of every random draw")
+    device_flag(p)
+
+
 def run_generate(args):
+    """Write text with the base model, or with an adapter that train saved."""
     import numpy as np
 
     from .data import CharTokenizer
@@ -261,6 +306,9 @@ def run_generate(args):
     rng = np.random.default_rng(args.seed)
     text = model.to(args.device).generate(ids, args.tokens, args.temperature, args.top_k, rng)[0]
     print(args.prompt + tokenizer.decode(text))
+
+
+# ------------------------------------------------------------------------------------------------- to and from PEFT
 
 
 def load_folder(folder, model):
@@ -278,7 +326,21 @@ def load_folder(folder, model):
         load_adapter(own, model)
 
 
+def export_flags(p):
+    from .files import peft
+
+    p.add_argument("adapter", metavar="RUN", help="folder of a train run")
+    p.add_argument("folder", metavar="DIR", help="folder to write")
+    help = "the method's own PEFT type, LoRA in any case, or the whole model, merged"
+    p.add_argument("--form", default="adapter", choices=peft.FORMS, help=help)
+    help = "names of the modules: those of transformers, or those of minilora"
+    p.add_argument("--names", default="gpt2", choices=peft.NAMES, help=help)
+    p.add_argument("--with-base", action="store_true", help="write the base model too, for transformers: DIR/base")
+    base_flag(p)
+
+
 def run_export(args):
+    """Write a run's adapter for PEFT, or its merged model for transformers."""
     from .files.base import load_base
     from .files.gpt2 import save_gpt2
     from .files.peft import save_peft
@@ -305,7 +367,14 @@ def run_export(args):
         print("BASE is the base model as transformers has it; --with-base writes it too.")
 
 
+def import_flags(p):
+    p.add_argument("adapter", metavar="DIR", help="folder with adapter_config.json and adapter_model.safetensors")
+    p.add_argument("--out", required=True, metavar="RUN", help="folder for adapter.safetensors")
+    base_flag(p)
+
+
 def run_import(args):
+    """Read an adapter that PEFT wrote; save it as train does."""
     from .files.base import fingerprint, load_base
     from .files.checkpoint import save_adapter
     from .files.peft import load_peft
@@ -321,7 +390,15 @@ def run_import(args):
     print(f"Written: {path}, {next(iter(layers.values())).method.name} in {len(layers)} layers")
 
 
+# ------------------------------------------------------------------------------------------------- look inside
+
+
+def methods_flags(p):
+    json_flag(p)
+
+
 def run_methods(args):
+    """List the methods: what each trains, saves for backward and costs."""
     from .tools.catalogue import catalogue, show
 
     entries = catalogue()
@@ -340,39 +417,75 @@ def adapted_step(method, batch, recompute=False):
     return adapt(model, adapter, verbose=False), *fixed_batches(ids, batch, model.config.n_positions)[0]
 
 
-def run_ledger(args):
-    from dataclasses import asdict
+def ledger_flags(p):
+    p.add_argument("methods", nargs="+", metavar="METHOD", help="methods to audit, on the shipped model")
+    p.add_argument("--batch", type=int, default=8, help="sequences of the full context")
+    help = "activation checkpointing: save each block's input alone, and compute the rest again in backward"
+    p.add_argument("--recompute", action="store_true", help=help)
+    json_flag(p)
 
+
+def run_ledger(args):
+    """Show which arrays are saved for backward, in bytes, next to what the allocator says."""
     from .tools.audit import audit, show
 
     audits = {name: audit(*adapted_step(name, args.batch, args.recompute)) for name in args.methods}
-    if args.json:
-        plain = lambda a: {**a, "entries": [asdict(e) for e in a["entries"] if e.nbytes]}
-        print(json.dumps({name: plain(a) for name, a in audits.items()}, indent=1))
-    else:
-        print("\n\n".join(show(name, a) for name, a in audits.items()))
+    if not args.json:
+        print("\n\n".join(show(name, found) for name, found in audits.items()))
+        return
+    for found in audits.values():
+        found["entries"] = [dataclasses.asdict(entry) for entry in found["entries"] if entry.nbytes]
+    print(json.dumps(audits, indent=1))
+
+
+def trace_flags(p):
+    p.add_argument("method", metavar="METHOD", help="the method that adapts it")
+    p.add_argument("--batch", type=int, default=1, help="sequences of the full context")
 
 
 def run_trace(args):
+    """Print one training step of the shipped model, operation by operation."""
     from .tools.trace import show, trace
 
     print(show(trace(*adapted_step(args.method, args.batch))))
 
 
+def diff_flags(p):
+    p.add_argument("first", metavar="METHOD")
+    p.add_argument("second", metavar="METHOD")
+
+
 def run_diff(args):
+    """Print what one method changes in another: the equations and lines of code."""
     from .tools.diff import difference
 
     print(difference(args.first, args.second))
 
 
+def devices_flags(p):
+    json_flag(p)
+
+
 def run_devices(args):
+    """List what can compute here: the CPU, and each GPU or why there is none."""
     from .tools.devices import devices, show
 
     found = devices()
     print(json.dumps(found, indent=1) if args.json else show(found))
 
 
+# ------------------------------------------------------------------------------------------------- check and write
+
+
+def check_flags(p):
+    p.add_argument("methods", nargs="*", metavar="METHOD", help="methods to check; all and the operations by default")
+    p.add_argument("--file", metavar="FILE", help="a method file to grade line by line: an exercise, or your own")
+    json_flag(p)
+    p.add_argument("--verbose", "-v", action="store_true", help="show every array of every check, not only failures")
+
+
 def run_check(args):
+    """Check hand-written gradients against finite differences and the complex step."""
     from .tools.gradcheck import check_methods, check_operations
 
     if args.file is not None:
@@ -390,6 +503,7 @@ def run_check(args):
 
 
 def run_grade(args):
+    """Grade the method file of ``check --file``."""
     from .tools.exercises import grade
 
     if args.methods:
@@ -399,9 +513,33 @@ def run_grade(args):
     return int(not grades)
 
 
+def exercise_flags(p):
+    p.add_argument("method", metavar="METHOD", help="one of those with a backward of their own")
+    p.add_argument("--out", metavar="FILE", help="the file to write; METHOD_exercise.py by default")
+
+
 def run_exercise(args):
+    """Write a method's file without its backward, for you to fill in."""
     from .tools.exercises import write_exercise
 
     path = write_exercise(args.method, args.out)
     print(f"Written: {path}. Write its backward, after the equations in its first lines, and see how far you are:")
     print(f"minilora check --file {path}")
+
+
+COMMANDS = {
+    "compare": (compare_flags, run_compare),
+    "train": (train_flags, run_train),
+    "sweep": (sweep_flags, run_sweep),
+    "pretrain": (pretrain_flags, run_pretrain),
+    "generate": (generate_flags, run_generate),
+    "export": (export_flags, run_export),
+    "import": (import_flags, run_import),
+    "methods": (methods_flags, run_methods),
+    "ledger": (ledger_flags, run_ledger),
+    "trace": (trace_flags, run_trace),
+    "diff": (diff_flags, run_diff),
+    "devices": (devices_flags, run_devices),
+    "check": (check_flags, run_check),
+    "exercise": (exercise_flags, run_exercise),
+}

@@ -16,8 +16,9 @@ from ..errors import InputError
 from ..files.saving import writable_folder, write_atomically
 from ..plots import png
 from ..surgery import count_parameters, plan
-from ..training.optim import check_positive
 from . import figures
+from .results import markdown
+from .settings import Comparison
 from .task import (
     GLANCE,
     PASSAGES,
@@ -36,34 +37,33 @@ ROW_KEYS = [
 ]
 
 
-def compare(
-    names=None, steps=120, seed=0, device="cpu", r=None, alpha=None, out="compare", lr=None, batch=8, base=None,
-    progress=None, report=print, workers=1,
-) -> dict:  # fmt: skip
-    """Fine-tune with every method of ``names`` (all by default); write compare.json, .md and .png into ``out``.
+def compare(settings: Comparison, out="compare", progress=None, report=print) -> dict:
+    """Fine-tune with each method of ``settings``; write compare.json, .md and .png into ``out``.
 
-    ``r`` and ``alpha`` go to each method that has them, instead of its default, and ``lr`` replaces the recorded
-    learning rates. ``workers``: processes that share each batch out. Returns what compare.json holds: ``settings``,
-    ``rows`` (with ROW_KEYS), and by method ``curves`` and ``samples``. Raises InputError, before anything is trained
-    or written, for any input that cannot be used.
+    Returns what compare.json holds: ``settings``, ``rows`` (with ROW_KEYS), and by method ``curves`` and ``samples``.
+    Raises InputError, before anything is trained or written, for any input that cannot be used.
     """
-    names = methods.names() if names is None else list(dict.fromkeys(names))
-    given = {key: value for key, value in {"r": r, "alpha": alpha}.items() if value is not None}
-    chosen = [methods.create(n, **methods.known(n, **given)) for n in names]
-    check_positive(steps=steps, batch=batch, lr=lr)
+    names = methods.names() if settings.methods is None else list(dict.fromkeys(settings.methods))
     if not names:
         raise InputError(f"compare: no method was named; there are {', '.join(methods.names())}")
-    task = Task(base, device)
-    for method in chosen:
+    given = {name: value for name in ("r", "alpha") if (value := getattr(settings, name)) is not None}
+    chosen = {name: methods.create(name, **methods.known(name, **given)) for name in names}
+    task, steps, seed, workers = (
+        Task(settings.base, settings.device),
+        settings.steps,
+        settings.seed,
+        settings.processes(),
+    )
+    for method in chosen.values():
         plan(task.model, method)
     folder = writable_folder(out)
 
     loss_a, loss_b = task.losses(task.model)
-    rates = {name: learning_rate(name) if lr is None else lr for name in names}
+    rates = {name: learning_rate(name) if settings.lr is None else settings.lr for name in names}
     samples, rows, curves = {"before": write_sample(task.model, task.tokenizer, seed)}, [], {}
     report(f"Base model: {loss_b:.3f} on the Folio, {loss_a:.3f} on modern spelling, nats per character.")
-    for name, method in zip(names, chosen, strict=True):
-        model, history, curves[name] = tune(task, method, steps, rates[name], batch, seed, progress, workers)
+    for name, method in chosen.items():
+        model, history, curves[name] = tune(task, method, steps, rates[name], settings.batch, seed, progress, workers)
         trainable, total = count_parameters(model)
         after_a, after_b = task.losses(model)
         samples[name] = write_sample(model, task.tokenizer, seed)
@@ -72,16 +72,20 @@ def compare(
         rows.append(dict(zip(ROW_KEYS, values, strict=True)))
         report(f"{name}: {after_b:.3f} on the Folio after {steps} steps, {history.seconds_per_step * 1e3:.0f} ms each.")
 
-    result = {
-        "settings": {
-            "options": {m.name: asdict(m) for m in chosen}, "batch": batch,
-            "context": task.model.config.n_positions, "device": device, "workers": workers,
-            "learning_rates": rates,
-            "prompt": PROMPT, "date": date.today().isoformat(),
-            "python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine(),
-        },
-        "rows": rows, "curves": curves, "samples": samples,
-    }  # fmt: skip
+    recorded = {
+        "options": {name: asdict(method) for name, method in chosen.items()},
+        "batch": settings.batch,
+        "context": task.model.config.n_positions,
+        "device": settings.device,
+        "workers": workers,
+        "learning_rates": rates,
+        "prompt": PROMPT,
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+    }
+    result = {"settings": recorded, "rows": rows, "curves": curves, "samples": samples}
     save(folder, result)
     best = min(rows, key=lambda row: row["loss_b_after"])["method"]
     report("\n" + table(rows) + "\n\n" + side_by_side("before", samples["before"], f"after, {best}", samples[best]))
@@ -99,18 +103,21 @@ def save(folder, result: dict) -> None:
 def table(rows) -> str:
     """The rows as a Markdown table that is aligned for a terminal as well; the first is the base model's."""
     head = ["method", "trainable", "%", "loss, Folio", "loss, modern", "kept MiB", "ms/step", "tok/s"]
-    losses = lambda row, when: [f"{row[f'loss_{text}_{when}']:.3f}" for text in "ba"]
-    lines = [["before", "", "", *losses(rows[0], "before"), "", "", ""]] + [
-        [r["method"], f"{r['trainable']:,}", f"{r['trainable_percent']:.2f}", *losses(r, "after"),
-         f"{r['kept_bytes'] / 2**20:.1f}", f"{r['seconds_per_step'] * 1e3:.0f}", f"{r['tokens_per_second']:,.0f}"]
-        for r in rows
-    ]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    row = lambda cells: "| " + " | ".join(
-        c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-    ) + " |"  # fmt: skip
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    return "\n".join([row(head), rule, *map(row, lines)])
+    lines = [["before", "", "", f"{rows[0]['loss_b_before']:.3f}", f"{rows[0]['loss_a_before']:.3f}", "", "", ""]]
+    for row in rows:
+        lines.append(
+            [
+                row["method"],
+                f"{row['trainable']:,}",
+                f"{row['trainable_percent']:.2f}",
+                f"{row['loss_b_after']:.3f}",
+                f"{row['loss_a_after']:.3f}",
+                f"{row['kept_bytes'] / 2**20:.1f}",
+                f"{row['seconds_per_step'] * 1e3:.0f}",
+                f"{row['tokens_per_second']:,.0f}",
+            ]
+        )
+    return markdown(head, lines)
 
 
 def page(result: dict) -> str:
@@ -129,9 +136,9 @@ def page(result: dict) -> str:
         f"*Upper left: the loss while training, on {GLANCE} passages; the table's, on up to {PASSAGES}, is another.",
         "Upper right: the two losses of the table; lower left is better. Below: the costs.*",
         "",
-        "- *trainable*: numbers that are trained. *%*: of all that the adapted model holds: the base model's own, and",
-        "  what the method adds, trained or not. `full` adds a trained copy of each weight, and Delta-LoRA a second",
-        "  A and B, as they were a step ago.",
+        "- *trainable*: parameters that are trained. *%*: of all parameters of the adapted model, which are the base",
+        "  model's own and those that the method adds, trained or not.",
+        *_notes([row["method"] for row in rows]),
         "- *kept*: bytes that a step's forward pass keeps for backward.",
         "- *ms/step*: the median of a whole step; *tok/s*: characters per second, by the same median.",
         "",
@@ -153,6 +160,12 @@ def page(result: dict) -> str:
     for name, text in result["samples"].items():
         lines += [f"**{name}**", "", "```text", s["prompt"] + text, "```", ""]
     return "\n".join(lines)
+
+
+def _notes(names) -> list[str]:
+    """What the methods' own files say of what they add to the model."""
+    notes = {name: getattr(methods.get(name), "note", "") for name in names if name in methods.names()}
+    return [f"  `{name}` {note}." for name, note in notes.items() if note]
 
 
 def _settings(settings) -> list[str]:

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context, parent_process
 
@@ -13,41 +13,41 @@ from ..training.optim import check_positive
 BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-class Local(Executor):
-    """``workers`` processes, each with one BLAS thread; all are replaced when one dies, and ended at once by Ctrl-C."""
-
-    def __init__(self, workers):
-        check_positive(workers=workers)
-        self.others, self.saved = active_children(), {name: os.environ.get(name) for name in BLAS_THREADS}
-        os.environ.update(dict.fromkeys(BLAS_THREADS, "1"))  # a process reads it when it starts: at a run, not here
-        self.start = lambda: ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
-        self.pool = self.start()
-
-    def submit(self, fn, /, *args):
-        try:
-            return self.pool.submit(fn, *args)
-        except BrokenExecutor:
-            self.pool = self.start()
-            return self.pool.submit(fn, *args)
-
-    def __exit__(self, kind, *_):
-        for process in set(active_children()) - set(self.others) if kind else ():
-            process.kill()
-        self.pool.shutdown()
-        for name, value in self.saved.items():
+@contextmanager
+def local(workers):
+    """The executor of ``workers`` processes, each with one BLAS thread; an error in the block ends them at once."""
+    check_positive(workers=workers)
+    others, before = set(active_children()), {name: os.environ.get(name) for name in BLAS_THREADS}
+    os.environ.update(dict.fromkeys(BLAS_THREADS, "1"))  # a process reads them when it starts: at a run, not here
+    try:
+        with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as executor:
+            try:
+                yield executor
+            except BaseException:
+                for process in set(active_children()) - others:
+                    process.kill()
+                raise
+    finally:
+        for name, value in before.items():
             os.environ.pop(name)
-            os.environ.update({} if value is None else {name: value})
+            if value is not None:
+                os.environ[name] = value
 
 
 def _start_worker():
-    """Ctrl-C is the sweep's to handle, and a worker whose sweep was killed does not live on."""
+    """Leave Ctrl-C to the sweep, and end with it if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent():
+    parent_process().join()
+    os._exit(1)
 
 
 @contextmanager
 def cluster(address):
-    """The executor of the Dask cluster at ``address``. Raises InputError where none can be reached."""
+    """The executor of the Dask cluster at ``address``. Raises InputError if none can be reached."""
     try:
         import asyncio  # here alone: it would cost every command a thirtieth of a second
 

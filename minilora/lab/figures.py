@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from ..plots.style import GREY, look, new_figure, styled
+from ..plots.style import GREY, look, marker, new_figure, styled
+from .results import best, curves
+from .task import GLANCE
 
-MARKS = "osD^v<>dphXP"  # no star, which is the best rate of a sweep
 LEAST_SPAN = 0.02  # nats that an axis of losses has at least: what is nearly equal shall look so
 
 
@@ -36,13 +37,11 @@ def comparison(result: dict):
 
 def _mark(i):
     """The i-th method's mark: over a white edge, so that of two marks on each other both are seen."""
-    return {"marker": MARKS[i % len(MARKS)], "markersize": 8, "markeredgecolor": "white", "markeredgewidth": 0.6}
+    return {"marker": marker(i), "markersize": 8, "markeredgecolor": "white", "markeredgewidth": 0.6}
 
 
 def _learning_curves(axes, result):
     """The curves from their second point on: the first, the loss before tuning, is the same for all and far above."""
-    from .task import GLANCE
-
     curves = {name: np.array(curve) for name, curve in result["curves"].items()}
     for i, (name, curve) in enumerate(curves.items()):
         # The marks of neighbours in the legend do not lie on the same steps.
@@ -122,8 +121,6 @@ def sweep(rows):
     ``rows`` are the lines of a sweep's file. With one rank and alpha, each method has a panel and the others are grey
     behind it; otherwise each rank and alpha has one, with all methods that were swept there.
     """
-    from .results import best, curves
-
     found = curves(rows)
     names, panels = list(dict.fromkeys(name for name, *_ in found)), _sweep_panels(found)
     single = list(panels) == names
@@ -171,8 +168,6 @@ def _sweep_panels(found) -> dict:
 
 def _rate_curve(axes, curve, top, label=None, **style):
     """One method's losses by rate, cut off at ``top``; with a ``label`` also the range, the star and the crosses."""
-    from .results import best
-
     rates = list(curve)
     means = [min(top, sum(losses) / len(losses)) for losses in curve.values()]
     axes.plot(rates, means, label=label, **style)

@@ -39,14 +39,12 @@ def pretrain(recipe=Recipe(), device="cpu", progress=None, every=250, report=pri
         model.trainable(), recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, clip=recipe.clip
     )
 
-    def callback(step, history):
+    def report_losses(step, history):
         if (step + 1) % every == 0 or step + 1 == recipe.steps:
             recent = np.mean(history.loss[-every:])
             report(f"step {step + 1:5d}  train {recent:.3f}  held out {evaluate(model, held_out):.3f}", flush=True)
 
     batches = random_batches(train_ids, recipe.batch, context, rng)
-    history = train(
-        model, optimizer, batches, recipe.steps, recipe.warmup, rng=rng, callbacks=[callback],
-        label="pretrain", progress=progress, workers=workers,
-    )  # fmt: skip
+    options = {"warmup": recipe.warmup, "rng": rng, "workers": workers, "progress": progress, "label": "pretrain"}
+    history = train(model, optimizer, batches, recipe.steps, [report_losses], **options)
     return model, history

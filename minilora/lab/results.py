@@ -40,7 +40,8 @@ class Run:
 def read(path) -> tuple[dict, int]:
     """A sweep's lines by key, the latest of each, and the bytes of all whole ones. InputError for other files."""
     try:
-        *whole, half = (Path(path).read_bytes() if Path(path).exists() else b"").split(b"\n")
+        content = Path(path).read_bytes() if Path(path).exists() else b""
+        *whole, half = content.split(b"\n")
         if not all(text.startswith(MARK) for text in whole) or not (half.startswith(MARK) or MARK.startswith(half)):
             raise ValueError("a line is of something else")
         lines = [json.loads(text) for text in whole]
@@ -67,31 +68,73 @@ def best(curve) -> list:
 
 
 def table(lines) -> str:
-    """Per method, rank and alpha: the best rate, its mean loss ± deviation over seeds, and the losses beside it."""
-    form = "{:<20} {:>4} {:>6} {:>8} {:>14}  {:>16} {:>16} {:>5} {:>6}"
-    rows = [form.format("method", "r", "alpha", "best lr", "loss B", "rate below", "rate above", "runs", "failed")]
+    """Per method, rank and alpha: the best rate, its mean loss ± deviation over seeds, and those of its neighbours."""
+    head, rows = ["method", "r", "alpha", "best lr", "loss B", "rate below", "rate above", "runs", "failed"], []
     for (name, r, alpha), curve in curves(lines).items():
-        rates, every = best(curve), [loss for losses in curve.values() for loss in losses]
-        cells = ["edge of grid" if v is None else f"{fmean(curve[v]):.3f} at {v:g}" for v in rates]
-        below, mean, above = (cell.replace("inf", "failed") for cell in cells)
-        spread = f" ± {stdev(curve[rates[1]]):.3f}" if len(curve[rates[1]]) > 1 and mean[0] != "f" else ""
-        rows.append(form.format(name, r or "", alpha or "", f"{rates[1]:g}", mean.split()[0] + spread, below, above,
-                                len(every), every.count(math.inf)))  # fmt: skip
-    errors = [line["error"] for line in lines if "error" in line and line["error"]["type"] != TrainingStopped.__name__]
-    rows += [f"{len(errors)} failed otherwise ({e['type']}: {e['message']}): --retry-failed" for e in errors[:1]]
-    return "\n".join(rows)
+        below, rate, above = best(curve)
+        every = [loss for losses in curve.values() for loss in losses]
+        counts = [str(len(every)), str(every.count(math.inf))]
+        mean = _mean(curve[rate])
+        if len(curve[rate]) > 1 and mean != "failed":
+            mean += f" ± {stdev(curve[rate]):.3f}"
+        neighbours = [_neighbour(curve, below), _neighbour(curve, above)]
+        rows.append([name, str(r or ""), str(alpha or ""), f"{rate:g}", mean, *neighbours, *counts])
+    errors = [line["error"] for line in lines if failed_otherwise(line)]
+    text = [f"{len(errors)} failed otherwise ({e['type']}: {e['message']}): --retry-failed" for e in errors[:1]]
+    return "\n".join([aligned(head, rows), *text])
+
+
+def _mean(losses) -> str:
+    return "failed" if math.isinf(fmean(losses)) else f"{fmean(losses):.3f}"
+
+
+def _neighbour(curve, rate) -> str:
+    return "edge of grid" if rate is None else f"{_mean(curve[rate])} at {rate:g}"
+
+
+def aligned(head, rows) -> str:
+    """A table in columns: the first aligned to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return "\n".join("  ".join(_cells(row, widths)) for row in [head, *rows])
+
+
+def markdown(head, rows) -> str:
+    """The same as a table of Markdown."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    first, *others = widths
+    rule = "|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in others)])
+    lines = [f"| {' | '.join(_cells(row, widths))} |" for row in [head, *rows]]
+    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
+
+
+def _cells(row, widths) -> list[str]:
+    return [
+        cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+
+
+def failed_otherwise(line) -> bool:
+    """Whether the run failed for another reason than divergence."""
+    return "error" in line and line["error"]["type"] != TrainingStopped.__name__
 
 
 def record(lines, path, allow_edge=False):
-    """Write each method's best rate as learning_rates.json has them. Raises InputError where it is not known yet."""
-    if any("error" in line and line["error"]["type"] != TrainingStopped.__name__ for line in lines):
+    """Write each method's best rate in the form of learning_rates.json. Raises InputError if one is not known yet."""
+    if any(map(failed_otherwise, lines)):
         raise InputError("record: runs failed for another reason than divergence; do them with --retry-failed")
-    by_least = sorted(curves(lines).items(), key=lambda item: min(map(fmean, item[1].values())), reverse=True)
-    chosen, rates = {name: curve for (name, *_), curve in by_least}, {}  # of several ranks, the best comes last
+    by_loss = sorted(curves(lines).items(), key=lambda item: least(item[1]), reverse=True)
+    chosen = {name: curve for (name, *_), curve in by_loss}  # of several ranks, the best comes last and stays
+    rates = {}
     for name, curve in sorted(chosen.items()):
         below, rates[name], above = best(curve)
-        if math.isinf(fmean(curve[rates[name]])) or len(set(map(len, curve.values()))) > 1:
+        if math.isinf(least(curve)) or len(set(map(len, curve.values()))) > 1:
             raise InputError(f"record: {name} lacks seeds at some rates, or failed at every rate; sweep on")
         if None in (below, above) and not allow_edge:
             raise InputError(f"{name} is best at the edge of the grid, {rates[name]:g}; sweep beyond, or --allow-edge")
-    write_atomically(path, json.dumps({"default": median(rates.values()), "methods": rates}, indent=2).encode() + b"\n")
+    recorded = {"default": median(rates.values()), "methods": rates}
+    write_atomically(path, json.dumps(recorded, indent=2).encode() + b"\n")
+
+
+def least(curve) -> float:
+    """The mean loss at the best rate."""
+    return min(map(fmean, curve.values()))

@@ -1,13 +1,14 @@
 """``minilora sweep``: method × rank × alpha × learning rate × seed, on local processes or a Dask cluster.
 
-One JSON line per run, on the disk before the next is looked at: a sweep that was stopped goes on where it stopped.
+Each run is one JSON line, flushed to the disk before the next one is handled: a sweep that was stopped resumes when the
+same command is given again.
 """
 
 import json
 import math
 import os
 import socket
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from concurrent.futures import BrokenExecutor, as_completed
 from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -20,36 +21,33 @@ import numpy as np
 from .. import methods
 from ..errors import InputError, TrainingStopped
 from ..files.base import fingerprint, load_base
-from ..files.saving import writable_folder, write_atomically
-from ..plots import png
+from ..files.saving import writable_folder
 from ..surgery import count_parameters, plan
-from ..training.optim import check_positive
 from ..training.progress import progress_bar
-from . import figures
-from .executors import Local, cluster
-from .results import MARK, Run, read, record, table
+from .results import MARK, Run, read
+from .settings import Grid
 from .task import Task, tune
 
 
-def grid(names, ranks, alphas, rates, seeds, steps, batch, base=None) -> list[Run]:
-    """Each combination once; ranks and alphas count only for methods that have them. InputError for unusable ones."""
-    for what, values in {"methods": names, "r": ranks, "alpha": alphas, "lr": rates, "seeds": seeds}.items():
-        if not values or len(set(values)) < len(values):
-            raise InputError(f"sweep: {what} is {list(values)}; give at least one value, and each value once")
-    path, runs = base and str(Path(base).resolve()), {}  # a worker may have another working directory
-    model = load_base(path)
-    for name, r, alpha, rate, seed in product(names, ranks, alphas, rates, seeds):
-        check_positive(lr=rate, steps=steps, batch=batch)
-        check_positive(zero_allowed=True, seed=seed)
-        own = methods.known(name, r=r, alpha=alpha and float(alpha))
-        run = Run(name, float(rate), seed, steps, batch, path, **own)
+def runs_of(grid: Grid) -> list[Run]:
+    """Each combination once, with those of ``r`` and ``alpha`` that the method has. InputError for unusable ones."""
+    names = methods.names() if grid.methods is None else grid.methods
+    ranks, alphas = grid.r or [None], grid.alpha or [None]
+    values = {"methods": names, "r": ranks, "alpha": alphas, "lr": grid.lr, "seeds": grid.seeds}
+    for name, given in values.items():
+        if not given or len(set(given)) < len(given):
+            raise InputError(f"sweep: {name} is {list(given)}; give at least one value, and each value once")
+    base = grid.base and str(Path(grid.base).resolve())  # a worker may have another working directory
+    model, runs = load_base(base), {}
+    for name, r, alpha, lr, seed in product(*values.values()):
+        run = Run(name, lr, seed, grid.steps, grid.batch, base, **methods.known(name, r=r, alpha=alpha))
         plan(model, run.adapter())
         runs[run.key()] = run
     return list(runs.values())
 
 
 def execute(run: Run) -> dict:
-    """Do ``run`` in this process, whichever it is, and return its line. Raises TrainingStopped where it diverges."""
+    """Do ``run`` in this process, whichever it is, and return its line. Raises TrainingStopped if it diverges."""
     line = asdict(run) | {"started": f"{datetime.now(UTC):%FT%TZ}", "worker": f"{socket.gethostname()}:{os.getpid()}"}
     task = Task(run.base, "cpu", selection=True)  # a rate must not be chosen on the play that results are for
     with np.errstate(all="ignore"):  # a run that diverges overflows first
@@ -58,29 +56,31 @@ def execute(run: Run) -> dict:
     if not math.isfinite(loss_a + loss_b):
         raise TrainingStopped(f"the held-out losses after training are {loss_a} on A and {loss_b} on B")
     return line | {
-        "loss_b": loss_b, "loss_a": loss_a, "loss_b_before": before,
+        "loss_b": loss_b,
+        "loss_a": loss_a,
+        "loss_b_before": before,
         "train_loss": fmean(history.loss[-math.ceil(run.steps / 10) :]),  # the last tenth of the steps
-        "trainable": count_parameters(model)[0], "kept_bytes": history.kept_bytes,
-        "seconds_per_step": history.seconds_per_step, "base_sha256": fingerprint(task.model),
-    }  # fmt: skip
+        "trainable": count_parameters(model)[0],
+        "kept_bytes": history.kept_bytes,
+        "seconds_per_step": history.seconds_per_step,
+        "base_sha256": fingerprint(task.model),
+    }
 
 
-def sweep(runs, executor, path, report=print, retry_failed=False, ahead=math.inf, progress=None) -> list:
-    """Do the ``runs`` that the file lacks, ``ahead`` at a time, on any concurrent.futures.Executor; all its lines.
+def sweep(runs, executor, path, report=print, retry_failed=False, progress=None) -> list:
+    """Do the ``runs`` that the file lacks on any concurrent.futures.Executor; returns all lines of the file.
 
-    Raises InputError, with nothing written, for a file that is not a sweep's, or not of runs comparable with these.
+    Raises InputError, with nothing written, for a file that is not a sweep's, or not of runs comparable with these;
+    TrainingStopped if a worker process dies: the same call again does the runs that are still missing.
     """
     lines, size = read(path)
-    settings = {(of["steps"], of["batch"], of["base"]) for of in [*lines.values(), *map(asdict, runs)]}
-    models = {line["base_sha256"] for line in lines.values() if "loss_b" in line}
-    if len(settings) > 1 or len(models | {fingerprint(load_base(run.base)) for run in runs[:1]}) > 1:
-        raise InputError(f'"{path}" holds runs with other steps, batch or base model; choose another file with --out')
+    check_comparable(path, lines.values(), runs)
     writable_folder(Path(path).parent)
     if os.path.exists(path) and not os.access(path, os.W_OK):
         raise InputError(f'"{path}" cannot be written to; choose another file with --out')
     todo = [run for run in runs if (line := lines.get(run.key())) is None or (retry_failed and "error" in line)]
     report(f"{len(runs)} runs, {len(runs) - len(todo)} of them done already; results go to {path}")
-    results = _results(todo, executor, ahead)
+    results = _results(todo, executor)
     with open(path, "ab") as file, progress_bar(len(runs), "sweep", progress) as bar, closing(results):
         file.truncate(size)
         bar.update(len(runs) - len(todo))
@@ -95,71 +95,33 @@ def sweep(runs, executor, path, report=print, retry_failed=False, ahead=math.inf
     return list(lines.values())
 
 
-def _results(runs, executor, ahead):
-    """(run, line) as the runs end, with "error" for one that fails; what a broken executor held is submitted again."""
-    todo, pending = [(run, False) for run in runs], {}
+def check_comparable(path, lines, runs) -> None:
+    """Raise InputError if the ``lines`` of the file at ``path`` are of other steps, batch or base than ``runs``."""
+    settings = {(of["steps"], of["batch"], of["base"]) for of in [*lines, *map(asdict, runs)]}
+    models = {line["base_sha256"] for line in lines if "loss_b" in line}
+    if len(settings) > 1 or len(models | {fingerprint(load_base(run.base)) for run in runs[:1]}) > 1:
+        raise InputError(f'"{path}" holds runs with other steps, batch or base model; choose another file with --out')
+
+
+def _results(runs, executor):
+    """(run, line) as the runs end, with "error" in the line of one that fails. What has not started is cancelled."""
+    pending = {}
     try:
-        while todo or pending:
-            while todo and len(pending) < ahead:
-                run, again = todo.pop(0)
-                try:
-                    future = executor.submit(execute, run)
-                except BrokenExecutor as error:
-                    (future := Future()).set_exception(error)
-                pending[future] = run, again
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                run, again = pending.pop(future)
-                try:
-                    line = future.result()
-                except Exception as error:
-                    if isinstance(error, BrokenExecutor) and not again:
-                        todo.append((run, True))
-                        continue
-                    line = asdict(run) | {"error": {"type": type(error).__name__, "message": str(error)}}
-                yield run, line
+        for run in runs:
+            pending[executor.submit(execute, run)] = run
+        for future in as_completed(pending):
+            run = pending[future]
+            try:
+                line = future.result()
+            except BrokenExecutor:
+                raise
+            except Exception as error:
+                line = asdict(run) | {"error": {"type": type(error).__name__, "message": str(error)}}
+            yield run, line
+    except BrokenExecutor as error:
+        raise TrainingStopped(
+            "a worker process died, perhaps for want of memory; the same command again resumes, with fewer --workers"
+        ) from error
     finally:
         for future in pending:
             future.cancel()
-
-
-def add_arguments(parser):
-    """The flags of ``minilora sweep``."""
-    add, rates = parser.add_argument, [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2]
-    add("--methods", nargs="+", metavar="NAME", help="methods to sweep; all by default")
-    add("--r", nargs="+", type=int, metavar="R", help="ranks; each method's own by default")
-    add("--alpha", nargs="+", type=float, metavar="ALPHA", help="scales; each method's own by default")
-    add("--lr", nargs="+", type=float, metavar="LR", default=rates, help="learning rates")
-    add("--seeds", nargs="+", type=int, metavar="SEED", default=[0, 1, 2], help="seeds of each combination")
-    add("--steps", type=int, default=150, help="training steps of a run")
-    add("--batch", type=int, default=8, help="sequences per step")
-    add("--base", metavar="FILE", help="a model file that every worker can read; the shipped one by default")
-    add("--workers", type=int, metavar="N", default=os.cpu_count() or 1, help="local processes")
-    add("--dask", metavar="ADDRESS", help="run on this Dask cluster instead, such as tcp://127.0.0.1:8786")
-    add("--out", default="sweep.jsonl", metavar="FILE", help="one JSON line per run; the same command again resumes")
-    add("--retry-failed", action="store_true", help="do failed runs again")
-    add("--report", action="store_true", help="run nothing; print a table of --out and draw it beside it as .png")
-    add("--record", metavar="FILE", help="run nothing; write the best rates of --out as learning_rates.json has them")
-    add("--allow-edge", action="store_true", help="let --record take a rate at the edge of the grid")
-
-
-def run_sweep(args):
-    """Do what the flags of add_arguments() say. Raises InputError for any that cannot be used."""
-    out, picture = Path(args.out), Path(os.path.splitext(args.out)[0] + ".png")
-    if out in (picture, Path(args.record or "")):
-        raise InputError(f'--out "{out}" would be written over by --report or --record; choose another name')
-    if args.report or args.record:
-        lines = list(read(out)[0].values())
-        if not lines:
-            raise InputError(f'"{out}" holds no runs; do some with minilora sweep --out "{out}"')
-    else:
-        names = [name for word in args.methods or methods.names() for name in word.split(",") if name]
-        of = args.r or [None], args.alpha or [None], args.lr, args.seeds, args.steps, args.batch, args.base
-        runs, ahead = grid(names, *of), math.inf if args.dask else args.workers + 1  # a process that dies loses those
-        with cluster(args.dask) if args.dask else Local(args.workers) as executor:
-            lines = sweep(runs, executor, out, retry_failed=args.retry_failed, ahead=ahead)
-    print(table(lines))
-    if args.report:
-        write_atomically(picture, png(figures.sweep(lines)))
-        print(f"Written: {picture}")
-    if args.record:
-        record(lines, args.record, args.allow_edge)

@@ -26,6 +26,7 @@ class DeltaLoRA(LoRA):
     update_ratio: float = 2.0
     start_step: int = 50
     updates_base = True
+    note = "adds a second A and B, as they were a step ago"
 
     claims = {
         "W moves by λ s times the change of B A since step K": lambda t: t.same(

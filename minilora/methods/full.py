@@ -21,6 +21,7 @@ from ..adapter import Adapter
 
 @dataclass(frozen=True)
 class Full(Adapter):
+    note = "adds a trained copy of each weight"
     claims = {
         "trains every number of W": lambda t: t.trained_numbers() == t.W0.size,
         "keeps x alone": lambda t: t.kept_numbers() == t.x.size,

@@ -8,10 +8,9 @@ import math
 import numpy as np
 
 from ..tools.gradcheck import CENTRAL_TOLERANCE, COMPLEX_TOLERANCE
-from .style import GREY, look, marker, new_page, on_host, styled
+from .style import DASHES, GREY, look, marker, new_page, on_host, styled
 
 RIGHT, WRONG = "#009E73", "#D55E00"
-DASHES = ["-", "--", "-.", ":"]
 DASHED = 3.2  # in letters: long enough for a legend's line to show its dashes
 TOLERANCES = {"central": CENTRAL_TOLERANCE, "complex": COMPLEX_TOLERANCE}  # a wrong shape has none
 

@@ -14,8 +14,8 @@ from ..errors import InputError
 
 # Okabe & Ito 2008, the colour-blind safe palette, then the same colours with dashes once they run out.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-DASHES = ["-", "--", ":"]
-MARKERS = "osD^vP*XhdpH"
+DASHES = ["-", "--", "-.", ":"]
+MARKERS = "osD^v<>dphXP"  # no star, which is the best rate of a sweep
 GREY = "#444444"
 WIDTH = 7.2  # inches of a notebook's figure; at 110 dots per inch a little below 800 pixels
 
@@ -37,7 +37,7 @@ STYLE = {
 
 
 def look(i: int) -> dict:
-    """Colour and line style of the i-th method; distinct for the first 21."""
+    """Colour and line style of the i-th method; distinct for the first 28."""
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
 
 

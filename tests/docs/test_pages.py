@@ -66,4 +66,4 @@ def command_lines():
 @pytest.mark.parametrize("line", list(command_lines()))
 def test_a_command_line_is_one_that_the_program_takes(line):
     argv = shlex.split(line, comments=True)[1:]
-    build_parser(argv).parse_args(argv)  # exits with a message if it does not
+    build_parser().parse_args(argv)  # exits with a message if it does not

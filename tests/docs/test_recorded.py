@@ -6,7 +6,7 @@ from importlib import resources
 import pages
 
 from minilora import methods
-from minilora.lab import sweep
+from minilora.lab import results
 from minilora.lab.compare import ROW_KEYS, page
 from minilora.lab.task import learning_rate
 
@@ -15,8 +15,8 @@ RATES = json.loads((resources.files("minilora") / "learning_rates.json").read_te
 
 def test_the_learning_rates_are_the_best_of_the_recorded_sweep(tmp_path):
     """Of several rates and seeds for each method; a best rate at the edge of its grid is refused."""
-    lines = list(sweep.read(pages.DOCS / "sweep/learning_rates.jsonl")[0].values())
-    sweep.record(lines, tmp_path / "best.json")
+    lines = list(results.read(pages.DOCS / "sweep/learning_rates.jsonl")[0].values())
+    results.record(lines, tmp_path / "best.json")
     assert json.loads((tmp_path / "best.json").read_text()) == RATES
     assert {line["method"] for line in lines} == set(RATES["methods"]) <= set(methods.names())
     for name in RATES["methods"]:

@@ -240,7 +240,7 @@ def test_a_header_with_a_value_by_chance_is_refused_or_the_same_adapter(fuzzed, 
 
 TEXTS = {"method": "lora", "options": {"r": 2, "alpha": 16.0}, "targets": ["q"], "text_sha256": "0", "device": "cpu"}
 SETTINGS = {field.name: 1 for field in fields(Settings)} | TEXTS | {"data": None, "replace": None, "base": None}
-SETTINGS["recompute"] = []
+SETTINGS["recompute"] = False
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,13 @@
-"""A run that is stopped or killed at any moment goes on to the state that it would have come to, to the bit.
+"""A run that is stopped or killed at any moment resumes to the state that it would have reached, bit for bit.
 
 These tests exist because a resumed run that differs a little looks like a good one. ``--kills N`` says how often a
 training process is killed here: 10 by default, 200 in .ci/run.
 """
 
 import contextlib
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,19 +15,19 @@ import time
 
 import numpy as np
 import pytest
-from runs import assert_same, make_inputs, opens_to_read, run_in_a_child, state_of
+from runs import assert_same, make_inputs, run_in_a_child, state_of
 
 from minilora import GPT, methods
 from minilora.cli import main
 from minilora.errors import AdapterFormatError, InputError, Interrupted, TrainingStopped
-from minilora.files import tensorfile as files
+from minilora.files import saving
 from minilora.files.base import load_model, save_model
 from minilora.files.checkpoint import load_adapter, open_training, steps_taken
-from minilora.files.tensorfile import TensorFile
+from minilora.files.tensorfile import TensorFile, write_tensors
 from minilora.lab import finetune
+from minilora.lab.settings import Settings
 
 STEPS = 7
-every_method = pytest.mark.parametrize("name", methods.names())
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +49,16 @@ def signals_as_in_a_terminal():
     signal.signal(signal.SIGINT, before)
 
 
-def method(name):
-    return methods.create(name, **methods.known(name, r=2, start_step=2))
-
-
-def start(name, inputs, out, **options):
+def start(name, inputs, out, overwrite=False, **options):
     base, text = inputs
-    settings = {"steps": STEPS, "lr": 0.05, "batch": 2, "warmup": 2, "every": 1, "weight_decay": 0.1, **options}
-    return finetune.finetune(
-        method(name), base=base, data=text, out=out, progress=False, report=lambda *_: None, **settings
-    )
+    own = methods.known(name, r=2, start_step=2)
+    usual = {"steps": STEPS, "lr": 0.05, "batch": 2, "warmup": 2, "every": 1, "weight_decay": 0.1, "workers": 1}
+    settings = Settings(name, own, base=base, data=text, **(usual | options))
+    return finetune.finetune(settings, out, overwrite, progress=False, report=lambda *_: None)
 
 
-def go_on(out, **options):
-    return finetune.resume(out, progress=False, report=lambda *_: None, **options)
+def go_on(out):
+    return finetune.resume(out, progress=False, report=lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +67,7 @@ def undisturbed(inputs, tmp_path_factory):
     found = {}
 
     def run(name, **options):
-        key = name, *sorted(options.items())
+        key = f"{name} {options}"
         if key not in found:
             folder = tmp_path_factory.mktemp(name)
             start(name, inputs, folder, **options)
@@ -80,64 +78,57 @@ def undisturbed(inputs, tmp_path_factory):
 
 
 @contextlib.contextmanager
-def stopped_after(saves, with_error=KeyboardInterrupt):
-    """Raise in a run, right behind its checkpoint number ``saves``."""
+def stopped_after(saves):
+    """Raise KeyboardInterrupt in a run, right behind its checkpoint number ``saves``."""
     save, count = finetune.save_training, [0]
 
     def counting(*arguments):
         save(*arguments)
         count[0] += 1
         if count[0] == saves:
-            raise with_error
+            raise KeyboardInterrupt
 
     finetune.save_training = counting
     try:
-        with pytest.raises(with_error):
+        with pytest.raises(KeyboardInterrupt):
             yield
     finally:
         finetune.save_training = save
 
 
-# ------------------------------------------------------------------------------------------------ to the bit
+# ------------------------------------------------------------------------------------------------ bit for bit
 
 
-@pytest.mark.parametrize("at", [1, 4])
-@every_method
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(name, at, inputs, undisturbed, tmp_path):
-    with stopped_after(at):
-        start(name, inputs, tmp_path)
-    assert not (tmp_path / finetune.ADAPTER).exists()
-    go_on(tmp_path)
+def resumed(name, inputs, folder, **options):
+    """The model of a run that is stopped after step 1, after step 4, and then ends."""
+    with stopped_after(1):
+        start(name, inputs, folder, **options)
+    assert not (folder / finetune.ADAPTER).exists()
+    with stopped_after(3):
+        go_on(folder)
+    assert steps_taken(open_training(folder / finetune.CHECKPOINT)[0]) == 4
+    return go_on(folder)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(name, inputs, undisturbed, tmp_path):
+    model = resumed(name, inputs, tmp_path)
     assert_same(undisturbed(name), state_of(tmp_path))
+    loaded = load_adapter(tmp_path / finetune.ADAPTER, load_model(inputs[0]))
+    for (path, p), (other, q) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert path == other
+        np.testing.assert_array_equal(p.data, q.data)
 
 
-def test_two_stops_and_micro_batches_and_recomputing(inputs, undisturbed, tmp_path):
-    options = {"micro_batches": 2, "recompute": ["gelu", "attention"], "targets": ["q", "down"], "seed": 3}
-    with stopped_after(2):
-        start("lora", inputs, tmp_path, **options)
-    with stopped_after(2):
-        go_on(tmp_path)
-    assert steps_taken(open_training(tmp_path / finetune.CHECKPOINT)[0]) == 4
-    go_on(tmp_path)
-    assert_same(undisturbed("lora", micro_batches=2, recompute=("gelu", "attention"), targets=("q", "down"), seed=3),
-                state_of(tmp_path))  # fmt: skip
+def test_micro_batches_and_recomputing_end_as_if_it_had_not_been(inputs, undisturbed, tmp_path):
+    options = {"micro_batches": 2, "recompute": True, "targets": ["q", "down"], "seed": 3}
+    resumed("lora", inputs, tmp_path, **options)
+    assert_same(undisturbed("lora", **options), state_of(tmp_path))
 
 
 def test_a_run_of_two_workers(inputs, undisturbed, tmp_path):
-    with stopped_after(3):
-        start("delta_lora", inputs, tmp_path, workers=2)
-    go_on(tmp_path)
+    resumed("delta_lora", inputs, tmp_path, workers=2)
     assert_same(undisturbed("delta_lora", workers=2), state_of(tmp_path))
-
-
-def test_the_adapter_of_a_resumed_run_is_the_models(inputs, tmp_path):
-    with stopped_after(3):
-        start("pissa", inputs, tmp_path)
-    model = go_on(tmp_path)
-    loaded = load_adapter(tmp_path / finetune.ADAPTER, load_model(inputs[0]))
-    for (name, p), (other, q) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
-        assert name == other
-        np.testing.assert_array_equal(p.data, q.data)
 
 
 def test_a_finished_run_may_be_gone_on_with(inputs, undisturbed, tmp_path):
@@ -168,20 +159,20 @@ class KillInASave:
     one, and before or after the call otherwise."""
 
     def __init__(self, at, after):
-        self.left, self.after, self.real = at, after, files.os
+        self.left, self.after = at, after
 
     def __getattr__(self, name):
-        value = getattr(self.real, name)
+        value = getattr(os, name)
         return (lambda *a: self.call(name, value, *a)) if name in ("open", "write", "fsync", "replace") else value
 
     def call(self, name, value, *arguments):
-        self.left -= not opens_to_read(name, arguments)
+        self.left -= 1
         if self.left == 0:
             if name == "write":
                 value(arguments[0], arguments[1][: len(arguments[1]) // 2])
             elif self.after:
                 value(*arguments)
-            self.real.kill(self.real.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
         return value(*arguments)
 
 
@@ -212,7 +203,7 @@ def test_killed_at_random_moments_the_newest_checkpoint_is_always_good(inputs, u
             if lives < 2 and in_saves + others < kills:
                 if in_saves <= others:
                     at, after = int(rng.integers(1, SAVE_CALLS * (STEPS - 2 * lives))), bool(rng.integers(2))
-                    code = run_in_a_child(lambda j=job, a=at, b=after: (setattr(files, "os", KillInASave(a, b)), j()))
+                    code = run_in_a_child(lambda j=job, a=at, b=after: (setattr(saving, "os", KillInASave(a, b)), j()))
                     in_saves += code == -signal.SIGKILL
                 else:
                     code = run_in_a_child(job, rng.uniform(0.0, seconds))
@@ -227,7 +218,7 @@ def test_killed_at_random_moments_the_newest_checkpoint_is_always_good(inputs, u
                 assert 1 <= steps_taken(file) <= STEPS and file.read()
         assert_same(undisturbed(name), state_of(folder))
         assert sorted(p.name for p in folder.iterdir()) == sorted(
-            [finetune.ADAPTER, finetune.CHECKPOINT, finetune.HISTORY]
+            [finetune.ADAPTER, finetune.CHECKPOINT, finetune.HISTORY, finetune.SETTINGS]
         )
     print(f"{in_saves} killed in a save, {others} at other moments, {resumed} resumed")
     assert in_saves >= kills // 4 and others >= kills // 4 and resumed > 0
@@ -258,14 +249,14 @@ def test_a_signal_stops_between_two_steps_saves_and_says_how_to_go_on(inputs, tm
 def test_a_signal_within_a_step_lets_the_step_finish(inputs, undisturbed, tmp_path, monkeypatch):
     train = finetune.train
 
-    def training(model, optimizer, batches, *arguments, callback, **options):
+    def training(model, optimizer, batches, *arguments, **options):
         def interrupted(batches):
             for i, batch in enumerate(batches):
                 if i == 2:
                     signal.raise_signal(signal.SIGINT)  # in step 3, before its loss
                 yield batch
 
-        return train(model, optimizer, interrupted(batches), *arguments, callback=callback, **options)
+        return train(model, optimizer, interrupted(batches), *arguments, **options)
 
     monkeypatch.setattr(finetune, "train", training)
     handler = signal.getsignal(signal.SIGINT)
@@ -327,13 +318,21 @@ def test_an_unfinished_run_is_not_written_over(inputs, tmp_path):
 def test_a_save_that_fails_names_the_checkpoint_that_is_good(inputs, undisturbed, tmp_path, monkeypatch):
     with stopped_after(4):
         start("lora", inputs, tmp_path)
-    full = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    monkeypatch.setattr(files.os, "write", full)
-    with pytest.raises(InputError, match=r"stopped after step 5: cannot write .*: No space left on device; no file"
-                       r".* the checkpoint of step 4 is good: minilora train --resume"):  # fmt: skip
-        go_on(tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setattr(finetune, "write_sample", lambda *_: "")
+    save = finetune.save_training
+
+    def full(*arguments):
+        def write(file, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(saving.os, "write", write)
+            save(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "save_training", full)
+        with pytest.raises(InputError, match=r"stopped after step 5: cannot write .*: No space left on device; no file"
+                           r".* the checkpoint of step 4 is good: minilora train --resume"):  # fmt: skip
+            go_on(tmp_path)
     go_on(tmp_path)
     assert_same(undisturbed("lora"), state_of(tmp_path))
 
@@ -362,7 +361,7 @@ def test_another_text_or_base_is_refused(inputs, tmp_path):
 
 BAD_RESUMES = {
     "no such folder": (["--resume", "nowhere"], "there is no such checkpoint; a run's folder was expected"),
-    "a setting beside it": (["lora", "--resume", "run", "--lr", "0.1"], "leave out lr, method"),
+    "a setting too": (["lora", "--resume", "run", "--lr", "0.1"], "leave out lr, method"),
     "neither": ([], "name a method, one of"),
 }
 
@@ -383,20 +382,18 @@ def test_resume_on_the_command_line(inputs, undisturbed, tmp_path, capsys):
     assert_same(undisturbed("lora_plus"), state_of(tmp_path))
 
 
-SETTINGS = ["steps", "lr", "seed", "options", "method", "text_sha256"]
-
-
-@pytest.mark.parametrize("missing", SETTINGS)
-def test_a_checkpoint_whose_settings_are_damaged_is_one_error(missing, inputs, tmp_path):
+def test_a_checkpoint_whose_settings_are_damaged_is_one_error(inputs, tmp_path):
     with stopped_after(2):
         start("lora", inputs, tmp_path)
     path = tmp_path / finetune.CHECKPOINT
     file = TensorFile(path)
-    settings = json.loads(file.metadata["settings"])
-    changes = [{}, {missing: None}, {missing: "\x1b[31m" if missing != "text_sha256" else 7}, {"every": 0}]
-    for change in changes:
-        spoilt = {k: v for k, v in settings.items() if k != missing or change == {"every": 0}} | change
-        files.write_tensors(path, file.read(), file.metadata | {"settings": json.dumps(spoilt)})
+    good, arrays = json.loads(file.metadata["settings"]), file.read()
+    assert Settings.read(file, good) == Settings(**json.loads((tmp_path / finetune.SETTINGS).read_text()))
+    changes = [{name: None} for name in ("steps", "lr", "seed", "options", "method", "text_sha256", "workers")]
+    changes += [{name: "\x1b[31m"} for name in ("steps", "lr", "seed", "options", "method")]
+    changes += [{"every": 0}, {"text_sha256": 7}, {"lr": 10**400}, {"unheard_of": 1}, {"options": {"r": "\x1b"}}]
+    for spoilt in [good | change for change in changes] + [{k: v for k, v in good.items() if k != "steps"}]:
+        write_tensors(path, arrays, file.metadata | {"settings": json.dumps(spoilt)})
         with pytest.raises(AdapterFormatError) as caught:
             go_on(tmp_path)
         assert caught.value.file == str(path) and "\x1b" not in str(caught.value)

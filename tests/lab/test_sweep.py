@@ -1,45 +1,43 @@
 """The sweep: its grid, its file that outlives a kill, its executors, a real Dask cluster, and what it reports."""
 
-import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 
 import minilora
-from minilora import GPT, GPTConfig, methods, plots
-from minilora.errors import InputError
-from minilora.files.base import fingerprint, save_model
+from minilora import GPT, GPTConfig, methods
+from minilora.cli import build_parser
+from minilora.errors import InputError, TrainingStopped
+from minilora.files.base import fingerprint, load_model, save_model
 from minilora.lab import figures
 from minilora.lab import sweep as module
-from minilora.lab.executors import Local
+from minilora.lab.executors import BLAS_THREADS, local
 from minilora.lab.results import MARK, Run, read
-from minilora.lab.sweep import add_arguments, execute, grid, run_sweep, sweep
+from minilora.lab.settings import Grid
+from minilora.lab.sweep import execute, runs_of, sweep
 from minilora.lab.task import Task, tune
 
 ROOT = str(Path(minilora.__file__).parents[1])
 DIVERGES = 1e30
-# The command in a process of its own: one that a test may kill.
+# The command in a process of its own: one that a test may kill. A shell's background jobs ignore Ctrl-C.
 COMMAND = """
-import argparse, signal
-from minilora.lab.sweep import add_arguments, run_sweep
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-parser = argparse.ArgumentParser()
-add_arguments(parser)
-run_sweep(parser.parse_args())
+import signal
+from minilora.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+raise SystemExit(main())
 """
 
 
@@ -56,9 +54,8 @@ def out(tmp_path):
 
 
 def command(*argv):
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run_sweep(parser.parse_args([str(a) for a in argv]))
+    args = build_parser().parse_args(["sweep", *map(str, argv)])
+    return args.run(args)
 
 
 def environment():
@@ -66,18 +63,16 @@ def environment():
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"}
 
 
-def process(*argv, **options):
-    return subprocess.Popen([sys.executable, "-c", COMMAND, *map(str, argv)], env=environment(), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # fmt: skip
-
-
 @contextmanager
-def ended(process):
-    """A test that fails leaves no process behind."""
-    try:
-        yield
-    finally:
-        process.kill()
+def process(*argv, **options):
+    """The command as a process, which does not outlive a test that fails."""
+    line = [sys.executable, "-c", COMMAND, "sweep", *map(str, argv)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, env=environment(), **pipes, **options) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
 
 
 def wait_for(condition, seconds=60):
@@ -105,9 +100,8 @@ def keys(path):
     return Counter(Run(**{f.name: line[f.name] for f in fields(Run)}).key() for line in written(path))
 
 
-def small(base, names=("lora",), rates=(0.01,), seeds=(0, 1), steps=4, **options):
-    return grid(list(names), options.get("ranks", [2]), options.get("alphas", [None]), list(rates), list(seeds),
-                steps, 2, base)  # fmt: skip
+def small(base, names=("lora",), rates=(0.01,), seeds=(0, 1), steps=4, r=(2,)):
+    return runs_of(Grid(methods=names, r=r, lr=rates, seeds=seeds, steps=steps, batch=2, base=base))
 
 
 @pytest.fixture
@@ -127,19 +121,20 @@ def pretended(base, monkeypatch):
 
 
 def test_the_grid_multiplies_a_method_only_by_what_it_has(base):
-    runs = grid(["full", "vera", "lora"], [2, 4], [8.0, 16.0], [1e-3, 1e-2, 1e-1], [0, 1], 5, 2, base)
+    grid = Grid(methods=["full,vera", "lora"], r=[2, 4], alpha=[8, 16], lr=[1e-3, 1e-2, 1], seeds=[0, 1], base=base)
+    runs = runs_of(grid)
     assert Counter(run.method for run in runs) == {"full": 3 * 2, "vera": 2 * 3 * 2, "lora": 2 * 2 * 3 * 2}
     assert {(run.r, run.alpha) for run in runs if run.method == "vera"} == {(2, None), (4, None)}
     assert {(run.r, run.alpha) for run in runs if run.method == "full"} == {(None, None)}
     assert len({run.key() for run in runs}) == len(runs)
-    (run,) = grid(["lora"], [None], [None], [1e-2], [0], 5, 2, base)
+    (run,) = runs_of(Grid(methods=["lora"], lr=[1e-2], seeds=[0], base=base))
     assert (run.r, run.alpha) == (None, None) and run.adapter() == methods.create("lora")
 
 
 def test_a_key_does_not_depend_on_how_a_number_was_typed_or_where_the_command_stood(base, monkeypatch):
-    (whole,) = grid(["lora"], [2], [16], [1], [0], 5, 2, base)
+    (whole,) = runs_of(Grid(methods=["lora"], r=[2], alpha=[16], lr=[1], seeds=[0], base=base))
     monkeypatch.chdir(Path(base).parent)
-    (decimal,) = grid(["lora"], [2], [16.0], [1.0], [0], 5, 2, Path(base).name)
+    (decimal,) = runs_of(Grid(methods=["lora"], r=[2], alpha=[16.0], lr=[1.0], seeds=[0], base=Path(base).name))
     assert whole.key() == decimal.key() == Run(**json.loads(json.dumps(asdict(decimal)))).key()
     assert '"alpha": 16.0' in whole.key() and '"lr": 1.0' in whole.key()
 
@@ -158,7 +153,7 @@ BAD = {
     "lr nan": (["--lr", "nan"], "lr is nan"),
     "lr twice": (["--lr", 0.1, 0.10], "each value once"),
     "seed twice": (["--seeds", 1, 1], "seeds is [1, 1]"),
-    "seed negative": (["--seeds", -1], "seed is -1"),
+    "seed negative": (["--seeds", -1], "seeds is -1"),
     "steps 0": (["--steps", 0], "steps is 0"),
     "batch 0": (["--batch", 0], "batch is 0"),
     "workers 0": (["--methods", "full", "--workers", 0], "workers is 0"),
@@ -189,26 +184,33 @@ def test_no_output_may_replace_the_file_of_runs(argv, base, tmp_path, monkeypatc
 # --------------------------------------------------------------------------------------------------------- the runs
 
 
-@pytest.mark.parametrize("executor", [ThreadPoolExecutor, Local])
-def test_a_line_holds_the_run_and_what_came_of_it(executor, base, out, capsys):
-    runs = small(base, ["lora"], steps=20, rates=[0.02], seeds=[5])
-    with executor(1) as pool:
-        returned = sweep(runs, pool, out)
+def test_a_line_holds_the_run_and_its_results(base, out, capsys, monkeypatch):
+    """On a process of its own, which has one BLAS thread."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    before, (run,) = dict(os.environ), small(base, ["lora"], steps=20, rates=[0.02], seeds=[5])
+    with local(1) as executor:
+        (returned,) = sweep([run], executor, out)
+        assert [executor.submit(os.getenv, name).result() for name in BLAS_THREADS] == ["1", "1", "1"]
+    assert dict(os.environ) == before
     (line,) = written(out)
-    assert line == {"minilora_sweep": 1, **returned[0]}
+    assert line == {"minilora_sweep": 1, **returned}
     printed = capsys.readouterr()
     assert "1 runs, 0 of them done already" in printed.out and printed.err == ""  # no bar of a worker's own
-    task, (run,) = Task(base, selection=True), runs
     assert {**line, **asdict(run)} == line
+    task = Task(base, selection=True)
     model, history, _ = tune(task, run.adapter(), 20, 0.02, 2, 5, progress=False)
-    close = lambda value: pytest.approx(value, rel=1e-5)  # a BLAS with another number of threads adds in another order
+
+    def close(value):  # a BLAS with another number of threads adds in another order
+        return pytest.approx(value, rel=1e-5)
+
     assert (line["loss_a"], line["loss_b"]) == tuple(map(close, task.losses(model)))
     assert line["loss_b"] < line["loss_b_before"] == close(task.losses(task.model)[1])
     assert line["train_loss"] == close(fmean(history.loss[-2:])) != close(fmean(history.loss[-3:]))
     assert line["kept_bytes"] == history.kept_bytes and line["seconds_per_step"] > 0
     assert line["trainable"] == 2 * (4 * 32 + 2 * 80)  # r (d_in + d_out) for q, k, v, o, up and down
     assert line["base_sha256"] == fingerprint(task.model) and line["started"].startswith("20")
-    assert (line["worker"].split(":")[1] == str(os.getpid())) == (executor is ThreadPoolExecutor)
+    assert line["worker"].split(":")[1] != str(os.getpid())
 
 
 def test_rates_are_chosen_on_text_that_is_neither_trained_on_nor_reported_on(base):
@@ -219,17 +221,15 @@ def test_rates_are_chosen_on_text_that_is_neither_trained_on_nor_reported_on(bas
     assert before == selection.losses(selection.model)[1] != report.losses(report.model)[1]
 
 
-def test_one_run_that_fails_is_recorded_and_does_not_end_the_others(base, out, capsys):
-    argv = ["--base", base, "--methods", "lora", "full", "--r", 2, "--lr", 0.01, DIVERGES, "--seeds", 0, "--steps", 4]
-    command(*argv, "--batch", 2, "--workers", 1, "--out", out)
+def test_a_run_that_diverges_is_recorded_and_does_not_end_the_others(base, out):
+    with ThreadPoolExecutor(1) as executor:
+        sweep(small(base, ["lora", "full"], rates=[DIVERGES, 0.01], seeds=[0]), executor, out)
     lines = {(line["method"], line["lr"]): line for line in written(out)}
-    assert len(lines) == 4
-    for (_, rate), line in lines.items():
-        assert ("error" in line, "loss_b" in line) == (rate == DIVERGES, rate != DIVERGES)
+    assert {key: ("error" in line, "loss_b" in line) for key, line in lines.items()} == {
+        (name, rate): (rate == DIVERGES, rate != DIVERGES) for name in ("lora", "full") for rate in (DIVERGES, 0.01)
+    }
     error = lines["lora", DIVERGES]["error"]
     assert error["type"] == "TrainingStopped" and "the loss is nan" in error["message"]
-    printed = capsys.readouterr().out
-    assert "failed at 1e+30" in printed and "failed otherwise" not in printed
 
 
 def test_failed_runs_are_left_alone_unless_asked_for(base, out, pretended, monkeypatch):
@@ -254,24 +254,24 @@ def test_failed_runs_are_left_alone_unless_asked_for(base, out, pretended, monke
     assert read(out)[0].keys() == {run.key() for run in runs}
 
 
-# ------------------------------------------------------------------------------------- stopped, and on from there
+# --------------------------------------------------------------------------------------------- stopped and resumed
 
 
 def test_a_sweep_that_was_killed_goes_on_where_it_stopped(base, out):
-    argv = ["--base", base, "--methods", "lora", "--r", 2, "--lr", 0.01, 0.02, "--seeds", 0, 1, 2, 3,
-            "--steps", 200, "--batch", 2, "--workers", 2, "--out", out]  # fmt: skip
-    with process(*argv) as killed, ended(killed):
-        wait_for(lambda: out.exists() and len(written(out)) >= 2)
+    argv = ["--base", base, "--methods", "lora", "--r", 2, "--lr", 0.01, "--seeds", 0, 1, 2, 3, "--steps", 100,
+            "--batch", 2, "--workers", 2, "--out", out]  # fmt: skip
+    with process(*argv) as killed:
+        wait_for(lambda: out.exists() and written(out))
         killed.kill()
     first = out.read_bytes()
     workers = {int(line["worker"].split(":")[1]) for line in written(out)}
-    assert 2 <= len(written(out)) < 8
+    assert 1 <= len(written(out)) < 4
     wait_for(lambda: not any(map(alive, workers)))  # orphans end themselves
     with process(*argv) as again:
         printed, errors = again.communicate()
     assert again.returncode == 0, errors
-    assert f"8 runs, {first.count(MARK)} of them done already" in printed
-    assert set(keys(out).values()) == {1} and len(keys(out)) == 8
+    assert f"4 runs, {first.count(MARK)} of them done already" in printed
+    assert set(keys(out).values()) == {1} and len(keys(out)) == 4
     assert out.read_bytes().startswith(first[: first.rfind(b"\n") + 1])
 
 
@@ -289,15 +289,22 @@ def test_half_a_line_is_cut_off_and_its_run_done_again(cut, base, out, pretended
     assert out.read_bytes().startswith(kept + MARK)
 
 
-def test_each_line_is_in_the_file_before_the_next_run_ends(base, out, pretended, monkeypatch):
-    seen, pretend = [], module.execute
-    monkeypatch.setattr(module, "execute", lambda run: seen.append(len(written(out))) or pretend(run))
-    synced = []
-    # The folder, which is made new, is synced too, before there is a file in it.
-    monkeypatch.setattr(os, "fsync", lambda number: out.exists() and synced.append(len(written(out))))
-    with ThreadPoolExecutor(1) as executor:
-        sweep(small(base, seeds=range(4)), executor, out, ahead=1)
-    assert seen == [0, 1, 2, 3] and synced == [1, 2, 3, 4]
+def test_each_line_is_on_the_disk_before_the_next_is_written_and_an_interruption_cancels(
+    base, out, pretended, monkeypatch
+):
+    synced, pretend = [], module.execute
+
+    def fsync(number):
+        if out.exists():  # its folder, which is made new, is synced before there is a file in it
+            synced.append(len(written(out)))
+        if len(synced) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(module, "execute", lambda run: time.sleep(0.02) or pretend(run))
+    with ThreadPoolExecutor(1) as executor, pytest.raises(KeyboardInterrupt):
+        sweep(small(base, seeds=range(30)), executor, out)
+    assert synced == [1, 2, 3] and len(pretended) < 30
 
 
 def ignores_ctrl_c(pid):
@@ -307,7 +314,7 @@ def ignores_ctrl_c(pid):
 
 def test_ctrl_c_waits_for_no_run_and_leaves_no_process(base, out):
     argv = ["--base", base, "--methods", "lora", "--lr", 0.01, 0.02, "--steps", 10**7, "--workers", 2, "--out", out]
-    with process(*argv, start_new_session=True) as stopped, ended(stopped):
+    with process(*argv, start_new_session=True) as stopped:
         children = Path(f"/proc/{stopped.pid}/task/{stopped.pid}/children")
         if not children.exists():
             pytest.skip("this system does not list the children of a process")
@@ -315,23 +322,33 @@ def test_ctrl_c_waits_for_no_run_and_leaves_no_process(base, out):
         pids = children.read_text().split()
         os.killpg(stopped.pid, signal.SIGINT)  # to the workers as well, as a terminal does
         _, errors = stopped.communicate(timeout=60)  # one run would take hours
-    assert stopped.returncode == -signal.SIGINT and errors.rstrip().endswith("KeyboardInterrupt")
-    assert "resource_tracker" not in errors and "Process SpawnProcess" not in errors
+    assert stopped.returncode == 130 and errors == "\nminilora: stopped\n"
     wait_for(lambda: not any(map(alive, pids)))
     assert written(out) == []
 
 
-def test_an_interruption_cancels_what_has_not_started(base, out, pretended, monkeypatch):
-    pretend = module.execute
+def kill_first_child():
+    """Kill this process's next child as soon as it is there."""
 
-    def interrupted(number):
-        raise KeyboardInterrupt
+    def kill():
+        wait_for(active_children)
+        active_children()[0].kill()
 
-    monkeypatch.setattr(module, "execute", lambda run: time.sleep(0.1) or pretend(run))
-    monkeypatch.setattr(os, "fsync", interrupted)
-    with ThreadPoolExecutor(1) as executor, pytest.raises(KeyboardInterrupt):
-        sweep(small(base, seeds=range(9)), executor, out)
-    assert len(pretended) < 9
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_worker_that_dies_ends_the_sweep_which_resumes(base, out):
+    runs = small(base, seeds=range(2))
+    killer = kill_first_child()
+    with pytest.raises(TrainingStopped, match="the same command again resumes"), local(1) as executor:
+        sweep(runs, executor, out)
+    killer.join()
+    assert written(out) == []
+    with ThreadPoolExecutor(1) as executor:
+        lines = sweep(runs, executor, out)
+    assert keys(out) == Counter(run.key() for run in runs) and not [line for line in lines if "error" in line]
 
 
 FOREIGN = {
@@ -359,7 +376,7 @@ def test_a_file_that_is_something_else_is_left_as_it_is(content, base, tmp_path)
 
 def test_runs_that_cannot_be_compared_do_not_share_a_file(base, out, tmp_path, pretended):
     changed = tmp_path / "tiny.safetensors"
-    save_model(changed, minilora.files.base.load_model(base))
+    save_model(changed, load_model(base))
     with ThreadPoolExecutor(1) as executor:
         sweep(small(changed), executor, out)
         before = out.read_bytes()
@@ -370,70 +387,8 @@ def test_runs_that_cannot_be_compared_do_not_share_a_file(base, out, tmp_path, p
         with pytest.raises(InputError, match="base model"):
             sweep(small(changed), executor, out)
         assert out.read_bytes() == before
-        save_model(changed, minilora.files.base.load_model(base))
+        save_model(changed, load_model(base))
         assert len(sweep(small(changed, ["full"]), executor, out)) == 4  # another method may join
-
-
-# ---------------------------------------------------------------------------------------------- processes that die
-
-
-def kill_first_children(number):
-    """Kill this process's next ``number`` children, one after the other, each as soon as it is there."""
-
-    def kill(killed=()):
-        while len(killed) < number:
-            for child in {child.pid: child for child in active_children()}.values():
-                if child.pid not in killed:
-                    child.kill()
-                    killed = (*killed, child.pid)
-            time.sleep(0.005)
-
-    thread = threading.Thread(target=kill, daemon=True)
-    thread.start()
-    return thread
-
-
-def test_the_runs_of_a_process_that_died_are_done_on_a_new_one(base, out):
-    runs = small(base, seeds=range(3))
-    with Local(1) as executor:
-        killer = kill_first_children(1)
-        lines = sweep(runs, executor, out, ahead=2)
-        killer.join()
-    assert keys(out) == Counter(run.key() for run in runs)
-    assert not [line for line in lines if "error" in line]
-
-
-def test_a_run_whose_process_dies_twice_is_recorded_as_failed(base, out):
-    runs = small(base, seeds=range(2))
-    with Local(1) as executor:
-        killer = kill_first_children(2)
-        sweep(runs, executor, out, ahead=2)
-        killer.join()
-        assert keys(out) == Counter(run.key() for run in runs)
-        errors = {line["error"]["type"] for line in written(out) if "error" in line}
-        assert errors == {"BrokenProcessPool"}
-        lines = sweep(runs, executor, out, retry_failed=True)
-    assert not [line for line in lines if "error" in line]
-
-
-def test_another_executor_that_broke_has_its_runs_recorded_as_failed(base, out):
-    runs = small(base, seeds=range(3))
-    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
-        killer = kill_first_children(1)
-        lines = sweep(runs, executor, out)
-        killer.join()
-    assert keys(out) == Counter(run.key() for run in runs)
-    assert {line["error"]["type"] for line in lines} == {"BrokenProcessPool"}
-
-
-def test_local_processes_have_one_blas_thread_and_the_environment_is_restored(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    before = dict(os.environ)
-    with Local(1) as executor:
-        for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-            assert executor.submit(os.getenv, name).result() == "1"
-    assert dict(os.environ) == before
 
 
 # ------------------------------------------------------------------------------------------------------ a real cluster
@@ -472,6 +427,8 @@ def test_a_sweep_on_a_dask_cluster_uses_both_workers(scheduler, base, out, capsy
     argv = ["--base", base, "--methods", "lora", "full", "--r", 2, "--lr", 0.01, DIVERGES, "--seeds", 0, 1, 2]
     argv += ["--steps", 20, "--batch", 2, "--dask", scheduler, "--out", out]
     command(*argv)
+    printed = capsys.readouterr().out
+    assert "failed at 1e+30" in printed and "failed otherwise" not in printed
     lines = written(out)
     assert len(lines) == 12 and set(keys(out).values()) == {1}
     assert {line["lr"] for line in lines if "error" in line} == {DIVERGES}
@@ -479,8 +436,6 @@ def test_a_sweep_on_a_dask_cluster_uses_both_workers(scheduler, base, out, capsy
     assert len(workers) == 2 and not [w for w in workers if w.endswith(f":{os.getpid()}")]
     command(*argv)
     assert "12 runs, 12 of them done already" in capsys.readouterr().out and len(written(out)) == 12
-    command(*argv, "--retry-failed")
-    assert len(written(out)) == 18
 
 
 def test_a_cluster_that_cannot_be_reached_is_one_clear_sentence(base, out, monkeypatch):
@@ -489,20 +444,11 @@ def test_a_cluster_that_cannot_be_reached_is_one_clear_sentence(base, out, monke
         patch.setitem(sys.modules, "distributed", None)  # importing it raises ImportError
         command(*argv, "tcp://127.0.0.1:1")
     pytest.importorskip("distributed", reason="the extra dask is not installed")
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # something listens there, and is no scheduler
-        port = silent.getsockname()[1]
-        for address in (f"tcp://127.0.0.1:{port}", "nonsense://127.0.0.1:1", "127.0.0.1"):
-            with pytest.raises(InputError, match=r"no Dask scheduler answers at .*: \w"):
-                command(*argv, address)
-    assert not out.exists()
-
-
-def test_a_refused_connection_leaves_no_noise_at_exit(base, out):
-    pytest.importorskip("distributed", reason="the extra dask is not installed")
-    with process("--base", base, "--methods", "full", "--dask", "tcp://127.0.0.1:1", "--out", out) as refused:
+    with process(*argv, "tcp://127.0.0.1:1") as refused:
         _, errors = refused.communicate(timeout=120)
-    assert errors.rstrip().splitlines()[-1].startswith("minilora.errors.InputError: no Dask scheduler answers")
-    assert "Exception ignored" not in errors
+    assert refused.returncode == 2 and errors.count("\n") == 1  # nothing more from threads that end
+    assert errors.startswith('minilora: error: no Dask scheduler answers at "tcp://127.0.0.1:1": ')
+    assert not out.exists()
 
 
 # ------------------------------------------------------------------------------------------- the report and the record
@@ -577,11 +523,6 @@ def test_the_figure_has_a_panel_for_each_rank_and_alpha_where_several_were_swept
         for title, axes in axes_of(path).items()
     }
     assert shown == {"r = 2, alpha = 8": {"lora", "vera", "full"}, "r = 4, alpha = 8": {"lora", "full"}}
-
-
-def test_the_figure_of_eleven_methods_that_all_failed_is_still_drawn(tmp_path):
-    path = fill(tmp_path / "a", *((name, {0.1: [STOPPED], 0.2: [STOPPED]}) for name in methods.names()))
-    assert len(plots.png(figures.sweep(list(read(path)[0].values())))) > 10_000
 
 
 def test_the_record_has_the_form_of_learning_rates_json(tmp_path):

@@ -17,7 +17,11 @@ from minilora.errors import InputError
 from minilora.lab import figures
 from minilora.tools import gradcheck
 
-normal = lambda *shape: np.random.default_rng(0).standard_normal(shape)
+
+def normal(*shape):
+    return np.random.default_rng(0).standard_normal(shape)
+
+
 STEPS = np.arange(60)
 CURVES = {name: [2.0 + np.exp(-STEPS / (9 + i)) + 0.1 * seed for seed in range(3)] for i, name in enumerate("abcdefgh")}
 BYTES = {"full": {"x": 3.0, "attention": 5.0}, "lora": {"x": 2.0, "attention": 5.0, "gelu": 1.5}, "vera": {"h": 0.5}}
@@ -88,14 +92,19 @@ def texts(figure):
                 if not (axes.axison and low - 1e-9 <= tick.get_loc() <= high + 1e-9):
                     unseen |= {tick.label1, tick.label2}
     drawn = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    own = lambda text: Text.get_window_extent(text, renderer)  # without the arrow of an annotation
-    return [(text.get_text(), own(text)) for text in drawn if text not in unseen]
+    # Text's own extent is without the arrow of an annotation.
+    return [(text.get_text(), Text.get_window_extent(text, renderer)) for text in drawn if text not in unseen]
+
+
+def over(a, b):
+    """Whether two boxes lie on each other by more than a pixel."""
+    return min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
 
 
 def colliding(figure):
-    """Pairs of texts that lie on each other by more than a pixel, and those that stick out of the figure."""
+    """Pairs of texts that lie on each other, and those that stick out of the figure; too few texts are an error."""
     found, page = texts(figure), figure.bbox
-    over = lambda a, b: min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
+    assert len(found) >= 3
     out = [t for t, b in found if b.x0 < page.x0 or b.x1 > page.x1 or b.y0 < page.y0 or b.y1 > page.y1]
     return [(s, t) for (s, a), (t, b) in combinations(found, 2) if over(a, b)] + out
 
@@ -105,10 +114,13 @@ def words(figure) -> str:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_no_text_covers_another_or_is_cut_off(name):
+def test_a_figure_has_a_title_and_labels_and_no_text_covers_another_or_is_cut_off(name):
     figure = EXAMPLES[name]()
-    assert len(texts(figure)) >= 3
     assert colliding(figure) == []
+    assert any([axes.get_title(loc="left") for axes in figure.axes] + [figure.get_suptitle()])
+    if name.partition(",")[0] not in ("graph", "stacked_bars", "bars", "gradient_report"):  # there, rows are named
+        assert figure.get_supxlabel() or figure.axes[0].get_xlabel()
+        assert figure.get_supylabel() or figure.axes[0].get_ylabel()
 
 
 def test_texts_that_collide_or_are_cut_off_are_seen():
@@ -120,32 +132,13 @@ def test_texts_that_collide_or_are_cut_off_are_seen():
     assert {("one", "two"), "far out"} <= set(colliding(figure))
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_a_figure_has_a_title_and_labelled_axes(name):
-    figure = EXAMPLES[name]()
-    titles = [axes.get_title(loc="left") for axes in figure.axes] + [figure.get_suptitle()]
-    assert any(titles)
-    if name.partition(",")[0] in ("graph", "stacked_bars", "bars", "gradient_report"):
-        return  # rows are named
-    labels = (
-        [figure.get_supxlabel(), figure.axes[0].get_xlabel()],
-        [figure.get_supylabel(), figure.axes[0].get_ylabel()],
-    )
-    assert all(map(any, labels))
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_a_notebook_shows_a_png_on_white_with_words_for_who_cannot_see_it(name):
-    shown = plots.show(EXAMPLES[name](), "the loss falls")
-    png, metadata = shown._repr_png_()
+def test_a_notebook_shows_a_png_on_white_with_its_alt_text():
+    png, metadata = plots.show(EXAMPLES["bars"](), "the loss falls")._repr_png_()
     image = imread(io.BytesIO(png))
     assert metadata == {"alt": "the loss falls"}
     assert 700 <= image.shape[1] <= 800
     assert (image[[0, 0, -1, -1], [0, -1, 0, -1]] == 1.0).all()  # the corners: white, and not transparent
-    assert png == plots.show(EXAMPLES[name](), "again")._repr_png_()[0]
-
-
-def test_a_figure_without_words_is_refused():
+    assert png == plots.show(EXAMPLES["bars"](), "again")._repr_png_()[0]
     with pytest.raises(InputError, match="alt is empty"):
         plots.show(EXAMPLES["bars"](), " ")
 
@@ -155,13 +148,10 @@ def test_losses_are_smoothed_and_seeds_become_a_mean_and_a_range():
     a, b = axes.lines
     assert (a.get_xdata().tolist(), a.get_ydata().tolist()) == ([2, 3], [4.0, 2.0])
     assert (b.get_xdata().tolist(), b.get_ydata().tolist()) == ([2, 3], [1.5, 4.0])
+    (longer,) = plots.loss_curves({"a": [1.0, 3.0]}, smooth=9).axes[0].lines  # than the run: its mean
+    assert (longer.get_xdata().tolist(), longer.get_ydata().tolist()) == ([2], [2.0])
     (band,) = axes.collections
     assert {(2.0, 3.0), (2.0, 5.0), (3.0, 1.0), (3.0, 3.0)} <= set(map(tuple, band.get_paths()[0].vertices))
-
-
-def test_a_smoothing_longer_than_the_run_leaves_its_mean():
-    (line,) = plots.loss_curves({"a": [1.0, 3.0]}, smooth=9).axes[0].lines
-    assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([2], [2.0])
 
 
 def test_curves_differ_by_more_than_colour_once_the_palette_is_used_up():
@@ -250,13 +240,6 @@ def test_bars_have_the_length_of_the_mean_and_tell_the_deviation():
     assert {"73,728", "786,432", "800,000"} <= set(words(EXAMPLES["bars, large"]()).split("\n"))
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.0, "0"), (0.01234, "0.0123"), (45.67, "45.7"), (73728.0, "73,728"), (2.5e-9, "2.5e-09")]
-)
-def test_numbers_are_written_as_people_write_them(value, text):
-    assert words(plots.bars({"a": value, "b": 1e-12})).split("\n").count(text) >= 1
-
-
 def test_a_gradient_report_tells_right_from_wrong_in_words():
     figure = EXAMPLES["gradient_report"]()
     axes = figure.axes[0]
@@ -268,11 +251,6 @@ def test_a_gradient_report_tells_right_from_wrong_in_words():
     assert green == "#009E73" and red == also_red == "#D55E00" and {green, red} <= set(plots.COLOURS)
     (tolerances,) = axes.collections
     assert [(s[0, 0], s[:, 1].mean()) for s in tolerances.get_segments()] == [(1e-12, 0.0), (1e-7, 1.0)]
-
-
-def test_a_real_report_of_a_method_is_drawn():
-    report = gradcheck.check_method(methods.create("dora", r=2))
-    assert words(plots.gradient_report(report)).count("✓") == len(report.rows) == 8
 
 
 def test_a_diverging_map_is_white_at_zero_and_small_ones_have_numbers():
@@ -313,12 +291,8 @@ def test_the_graph_shows_operations_leaves_edges_and_what_is_kept():
 
 def test_an_edge_that_skips_a_layer_goes_round():
     x = Tensor(np.ones(3), requires_grad=True)
-    bent = lambda figure: [
-        t.arrow_patch.get_connectionstyle().rad
-        for t in figure.axes[0].texts
-        if getattr(t, "arrow_patch", None) is not None
-    ]
-    assert sorted(bent(plots.graph(x.exp().exp() + x))) == [0.0, 0.0, 0.0, 0.3]
+    arrows = [t.arrow_patch for t in plots.graph(x.exp().exp() + x).axes[0].texts if getattr(t, "arrow_patch", None)]
+    assert sorted(arrow.get_connectionstyle().rad for arrow in arrows) == [0.0, 0.0, 0.0, 0.3]
 
 
 def test_an_edge_that_goes_round_leads_from_box_to_box():
@@ -347,7 +321,7 @@ def test_a_graph_that_is_too_large_or_is_none_is_refused():
 # -------------------------------------------------------------------------------- minilora compare
 
 
-@pytest.mark.parametrize("names", [(), ("lora", "dora"), ("dora", "dora_detached"), ("lora",)], ids=len)
+@pytest.mark.parametrize("names", [(), ("dora", "dora_detached"), ("lora",)], ids=len)
 def test_the_comparison_of_any_number_of_methods_can_be_read(names):
     figure = figures.comparison(compared(*names))
     assert colliding(figure) == []
@@ -388,13 +362,14 @@ def test_a_method_that_diverged_does_not_squeeze_the_others():
 
 
 def test_points_that_are_nearly_one_lie_near_each_other():
-    for axis in ("x", "y"):
-        low, high = getattr(figures.comparison(compared("dora", "dora_detached")).axes[1], f"get_{axis}lim")()
-        assert high - low > 0.02
+    trade = figures.comparison(compared("dora", "dora_detached")).axes[1]
+    assert np.ptp(trade.get_xlim()) > 0.02 and np.ptp(trade.get_ylim()) > 0.02
 
 
 def test_arrays_of_a_device_are_drawn_too():
-    there = lambda array: Tensor(array).data
+    def there(array):
+        return Tensor(array).data
+
     (line,) = plots.singular_values({"low": there(LOW_RANK)}).axes[0].lines
     assert len(line.get_ydata()) == 3
     assert plots.heat_map(there(np.ones((2, 2)))).axes[0].images

