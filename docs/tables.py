@@ -55,10 +55,14 @@ def arrays(name: str) -> list[pictures.Array]:
     start = Trial(method, d_in=31, d_out=17)
     end, trained = start.after(3), start.layer.arrays.trainable()
     letters = {1: "1", 3: "r", 31: "d_in", 17: "d_out"}
+    line = re.search(r"^Forward, (.*):$", docstring(name), re.MULTILINE)
+    stated = dict(re.findall(r"(\w+) \(([^)]*)\)", line[1] if line else ""))
 
     def described(array, before, after, shared=False):
         state = "trained" if array in trained else "moved" if (before != after).any() else "frozen"
-        axes = [letters.get(n, str(n)) for n in before.shape]
+        own_letters = [axis.strip() for axis in stated.get(array, "").split(",") if axis.strip()]
+        known = all(n in letters for n in before.shape) or len(own_letters) != before.ndim
+        axes = [letters.get(n, str(n)) for n in before.shape] if known else own_letters
         widest = [f"max {axis}" if shared and axis.startswith("d_") else axis for axis in axes]
         return pictures.Array(array, tuple(widest), state, shared)
 
@@ -140,7 +144,8 @@ def options_table(old: str, *, page: Path) -> str:
     alike = {}
     for name in methods.names():
         for option, (_, default) in methods.options(name).items():
-            alike.setdefault((f"`{option}`", f"{default:g}", in_peft(name, option)), []).append(name)
+            shown = f"{default:g}" if isinstance(default, float) else f"{default}"
+            alike.setdefault((f"`{option}`", shown, in_peft(name, option)), []).append(name)
     rows = [[code(names), *row] for row, names in alike.items()]
     return table(["methods", "option", "default", "in PEFT"], rows)
 
