@@ -51,10 +51,10 @@ def arrays(name: str) -> list[pictures.Array]:
 
     "trained": it gets a gradient; "moved": training changes it without one; "frozen": training never changes it.
     """
-    method = methods.create(name, **methods.known(name, r=3, start_step=0))
+    method = methods.create(name, **methods.known(name, r=7, start_step=0))
     start = Trial(method, d_in=31, d_out=17)
     end, trained = start.after(3), start.layer.arrays.trainable()
-    letters = {1: "1", 3: "r", 31: "d_in", 17: "d_out"}
+    letters = {1: "1", 7: "r", 31: "d_in", 17: "d_out"}
     line = re.search(r"^Forward, (.*):$", docstring(name), re.MULTILINE)
     stated = dict(re.findall(r"(\w+) \(([^)]*)\)", line[1] if line else ""))
 
