@@ -51,7 +51,7 @@ def lab(tmp_path):
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 def test_run_all_runs_a_notebook(browser, lab):
@@ -68,7 +68,12 @@ def test_run_all_runs_a_notebook(browser, lab):
             return next((e for e in found if e.text.strip() == text and e.is_displayed()), None)
 
         WebDriverWait(browser, 90).until(label).click()
-    WebDriverWait(browser, 180).until(lambda b: all(c["prompt"].isdigit() for c in b.execute_script(CELLS)))
-    cells = browser.execute_script(CELLS)
+
+    def cells_done(b):
+        cells = b.execute_script(CELLS)
+        return cells if all(cell["prompt"].isdigit() for cell in cells) else None
+
+    cells = WebDriverWait(browser, 180).until(cells_done)
     assert not any(cell["error"] for cell in cells)
-    assert any(cell["figures"] for cell in cells), "no figure was drawn"
+    figures = lambda b: any(cell["figures"] for cell in b.execute_script(CELLS))
+    WebDriverWait(browser, 30, message="no figure was drawn").until(figures)
