@@ -76,4 +76,4 @@ def test_run_all_runs_a_notebook(browser, lab):
     cells = WebDriverWait(browser, 180).until(cells_done)
     assert not any(cell["error"] for cell in cells)
     figures = lambda b: any(cell["figures"] for cell in b.execute_script(CELLS))
-    WebDriverWait(browser, 30, message="no figure was drawn").until(figures)
+    WebDriverWait(browser, 30).until(figures, "no figure was drawn")
