@@ -16,6 +16,8 @@ def pytest_addoption(parser):
     parser.addoption("--device", choices=["cpu", "standin"], default="cpu", help=help)
     help = "how often tests/lab/test_resume.py kills a training process"
     parser.addoption("--kills", type=int, default=10, metavar="N", help=help)
+    help = "tests/files/test_hostile.py: every hostile file on every loader, every cut and flip, and more by chance"
+    parser.addoption("--nightly", action="store_true", help=help)
 
 
 def pytest_configure(config):

@@ -1,42 +1,47 @@
-"""Files that lie: named ways to make a good safetensors file a bad one, for every loader that must refuse them.
+"""The table of hostile files: for every loader, the ways to spoil a good file that it must refuse.
 
-A seed is a function that spoils the file at a path. Most of them know no loader: they break the format itself. The
-others rewrite what minilora's own description says and sign it again, so that no checksum can be what catches them.
+A case spoils one file of a folder that a loader reads. Most cases know no loader: they break the safetensors format or
+the JSON. The others change what a file says of itself and sign it again, so that no checksum can be what catches them.
 """
 
-import io
 import json
+import math
 import os
-import pickle
-import shutil
-import socket
+import re
 import struct
-import tarfile
-import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from runs import make_inputs
 from safetensors import safe_open
 
-from minilora.files.tensorfile import DIGEST, digest, tensor_bytes
+from minilora import methods
+from minilora.cli import main
+from minilora.errors import AdapterFormatError, FormatError
+from minilora.files.base import fingerprint, load_model, save_model
+from minilora.files.checkpoint import load_adapter, load_training, open_training, save_adapter, save_training
+from minilora.files.gpt2 import load_gpt2, save_gpt2
+from minilora.files.peft import load_peft, save_peft
+from minilora.files.tensorfile import DIGEST, tensor_bytes
+from minilora.gpt import GPT, GPTConfig
+from minilora.lab import finetune
+from minilora.surgery import adapt
+from minilora.training.loop import History
+from minilora.training.optim import AdamW
+from minilora.training.trainer import train
 
-FIRST, SOME = "the first tensor, whatever its name", "some tensor"
-GONE = object()
+TINY = GPTConfig(vocab_size=11, n_positions=2, n_embd=8, n_layer=1, n_head=2)
+IDS = np.random.default_rng(0).integers(0, 11, (2, 2))
+GONE, FIRST = object(), "the name of the first tensor"
 KILLER = b"cos\nsystem\n(S'touch killed'\ntR."  # a pickle that would run a command
+LONG, DEEP = 10**3999, 100_000
+CLEAR = "\x1b[2J\nall is well"  # control codes, which a terminal must not get
+A, B, D = "blocks.0.q.arrays.A", "blocks.0.q.arrays.B", "blocks.0.q.arrays.d"
+PEFT_A, WPE = "base_model.model.blocks.0.q.lora_A.weight", "transformer.wpe.weight"
+WEIGHTS, CONFIG, PEFT_PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"  # of PEFT
+GPT2_FILE, GPT2_INDEX, GPT2_PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 
-
-@dataclass(frozen=True)
-class Seed:
-    """How a file is spoilt, and what the error must say: an expression for its rule, and the tensor at fault."""
-
-    spoil: Callable[[Path], None]
-    rule: str
-    tensor: str | None = None
-
-
-# -------------------------------------------------------------------------------- the parts of a file
+# ---------------------------------------------------------------------------------------------- the parts of a file
 
 
 def read(path):
@@ -46,869 +51,719 @@ def read(path):
     return json.loads(raw[8:end]), raw[end:]
 
 
-def write(path, header, data: bytes, length=None):
-    """``header``: a dict, or the bytes to stand there; ``length``: what the file says that the header has."""
+def write(path, header, data: bytes):
+    """Write a dict, or the bytes that shall be the header, and the bytes of the arrays."""
     header = json.dumps(header).encode() if isinstance(header, dict) else header
-    length = len(header) if length is None else length
-    path.write_bytes(length.to_bytes(8, "little") + header + data)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
 
 
 def first(header) -> str:
-    """The name of the first tensor."""
     return next(name for name in header if name != "__metadata__")
 
 
+def in_front(path, name):
+    """Put the tensor ``name`` first in the header and in the data."""
+    header, data = read(path)
+    notes, tail = header.pop("__metadata__"), b""
+    for key in sorted(header, key=lambda key: (key != name, header[key]["data_offsets"])):
+        begin, end = header[key]["data_offsets"]
+        header[key]["data_offsets"] = [len(tail), len(tail) + end - begin]
+        tail += data[begin:end]
+    write(path, {"__metadata__": notes, name: header[name]} | header, tail)
+
+
+# ---------------------------------------------------------------------------------- spoils: functions of a file's path
+
+
 def raw(change):
-    """A spoil that changes the file's bytes."""
+    """Change the file's bytes."""
     return lambda path: path.write_bytes(change(path.read_bytes()))
 
 
+def instead(data: bytes):
+    return raw(lambda good: data)
+
+
 def header_text(change):
-    """A spoil that changes the header's bytes; its length is told truly."""
+    """Change the header's text; its length is told truly."""
+    return lambda path: write(path, change(json.dumps(read(path)[0]).encode()), read(path)[1])
+
+
+def edited(change):
+    """Change the header in place by change(header, the first tensor's name, data); returned bytes become the data."""
 
     def spoil(path):
         header, data = read(path)
-        write(path, change(json.dumps(header).encode()), data)
+        new = change(header, first(header), data)
+        write(path, header, new if isinstance(new, bytes) else data)
 
     return spoil
 
 
 def entry(**changes):
-    """A spoil that changes the first tensor's dtype, shape or data_offsets; GONE takes one away."""
+    """Change the first tensor's dtype, shape or data_offsets."""
+    return edited(lambda header, name, data: header[name].update(changes))
+
+
+def notes(**changes):
+    """Change the metadata, and leave the checksum as it was."""
+    return edited(lambda header, name, data: header["__metadata__"].update(changes))
+
+
+def entry_text(text: bytes):
+    """Put raw JSON in the place of the first tensor's entry."""
+
+    def change(header):
+        found = json.loads(header)
+        return header.replace(json.dumps(found[first(found)]).encode(), text)
+
+    return header_text(change)
+
+
+def renamed(new):
+    return edited(lambda header, name, data: header.update({new: header.pop(name)}))
+
+
+def length(change):
+    """Lie about the header's length: change(length, size of the file)."""
 
     def spoil(path):
-        header, data = read(path)
-        found = header[first(header)] | changes
-        header[first(header)] = {key: value for key, value in found.items() if value is not GONE}
-        write(path, header, data)
+        good = path.read_bytes()
+        told = change(int.from_bytes(good[:8], "little"), len(good))
+        path.write_bytes((told % 2**64).to_bytes(8, "little") + good[8:])
 
     return spoil
 
 
-def instead(value):
-    """A spoil that puts ``value`` in the place of the first tensor's whole entry."""
+def shifted(first_by, others_by, change):
+    """Move the first tensor's offsets and those of the others, and the data by ``change(data)``."""
 
-    def spoil(path):
-        header, data = read(path)
-        write(path, header | {first(header): value}, data)
+    def move(header, name, data):
+        for key in header.keys() - {"__metadata__"}:
+            by = first_by if key == name else others_by
+            header[key]["data_offsets"] = [n + by for n in header[key]["data_offsets"]]
+        return change(data)
 
-    return spoil
-
-
-def renamed(name):
-    def spoil(path):
-        header, data = read(path)
-        old = first(header)
-        write(path, {name if key == old else key: value for key, value in header.items()}, data)
-
-    return spoil
-
-
-def unsigned(metadata):
-    """A spoil that puts this JSON value in the metadata's place."""
-    return lambda path: write(path, read(path)[0] | {"__metadata__": metadata}, read(path)[1])
+    return edited(move)
 
 
 def rewritten(change):
-    """A spoil that changes ({name: array}, {key: text}) in place, and signs the file again as a writer would."""
+    """Change the arrays {name: array} and the metadata {key: text} in place, and sign the file again."""
 
     def spoil(path):
         with safe_open(path, framework="numpy") as file:
-            arrays, notes = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        change(arrays, notes)
-        path.write_bytes(tensor_bytes(arrays, notes))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+        change(arrays, metadata)
+        path.write_bytes(tensor_bytes(arrays, metadata))
 
     return spoil
 
 
 def noted(**changes):
-    """A spoil that changes the metadata, signed; None takes a key away."""
+    """Change the metadata, signed; GONE takes a key away."""
 
-    def change(arrays, notes):
-        notes.update(changes)
-        for key, value in changes.items():
-            if value is None:
-                del notes[key]
+    def change(arrays, metadata):
+        metadata.update(changes)
+        for key in [key for key in changes if changes[key] is GONE]:
+            del metadata[key]
 
     return rewritten(change)
 
 
-def stored(name, value, dtype, at=0):
-    """A spoil that stores the tensor ``name`` as ``dtype``, with ``value`` at the flat index ``at``, signed.
-
-    BF16 is written by hand: it is the upper half of a float32.
-    """
-
-    def spoil(path):
-        header, data = read(path)
-        arrays, tail = {}, b""
-        for key in sorted(header.keys() - {"__metadata__"}, key=lambda key: header[key]["data_offsets"]):
-            begin, end = header[key]["data_offsets"]
-            array = np.frombuffer(data[begin:end], "<f4").reshape(header[key]["shape"]).copy()
-            if key == name:
-                with np.errstate(over="ignore"):
-                    array = array.astype({"F64": "<f8", "F16": "<f2"}.get(dtype, "<f4"))
-                array.flat[at] = value
-                header[key]["dtype"] = dtype
-            kept = array
-            if key == name and dtype == "BF16":
-                half = (array.view("<u4") >> 16).astype("<u2")
-                kept, array = half, (half.astype(np.uint32) << 16).view(np.float32)
-            header[key]["data_offsets"] = [len(tail), len(tail) + kept.nbytes]
-            tail += kept.tobytes()
-            arrays[key] = array
-        if DIGEST in header["__metadata__"]:
-            header["__metadata__"][DIGEST] = digest(arrays, header["__metadata__"])
-        write(path, header, tail)
-
-    return spoil
+def json_noted(key, change):
+    """Put ``change(data)`` in the place of the JSON data under one key of the metadata, signed."""
+    return rewritten(lambda arrays, metadata: metadata.update({key: json.dumps(change(json.loads(metadata[key])))}))
 
 
-# -------------------------------------------------------------------------------- what is no safetensors file at all
+def layers(change):
+    """Change {path: {"options": …}} in place, signed."""
 
+    def changed(found):
+        change(found)
+        return found
 
-def packed(pack):
-    """A spoil that writes what ``pack(file object, the good bytes)`` writes."""
-
-    def spoil(path):
-        buffer = io.BytesIO()
-        pack(buffer, path.read_bytes())
-        path.write_bytes(buffer.getvalue())
-
-    return spoil
-
-
-def tar(mode):
-    def pack(buffer, good):
-        with tarfile.open(fileobj=buffer, mode=mode) as file:
-            member = tarfile.TarInfo("../../etc/passwd")
-            member.size = len(good)
-            file.addfile(member, io.BytesIO(good))
-
-    return pack
-
-
-def zipped(buffer, good):
-    with zipfile.ZipFile(buffer, "w") as file:
-        file.writestr("archive/data.pkl", KILLER)
-        file.writestr("archive/data/0", good)
-
-
-def replaced(make):
-    """A spoil that puts something else in the file's place: make(path) where nothing is."""
-
-    def spoil(path):
-        path.unlink()
-        make(path)
-
-    return spoil
-
-
-def unix_socket(path):
-    here = os.getcwd()
-    os.chdir(path.parent)  # a socket's path may have 100 bytes
-    try:
-        with socket.socket(socket.AF_UNIX) as opened:
-            opened.bind(path.name)
-    finally:
-        os.chdir(here)
-
-
-NO_FILE = "is not|announced"
-FOREIGN = {
-    "empty": raw(lambda b: b""),
-    "one byte": raw(lambda b: b"{"),
-    "eight zeros": raw(lambda b: bytes(8)),
-    "a thousand zeros": raw(lambda b: bytes(1000)),
-    "a thousand 0xff": raw(lambda b: b"\xff" * 1000),
-    "a pickle": raw(lambda b: KILLER),
-    "a pickle of arrays": raw(lambda b: pickle.dumps({"weight": np.ones((2, 2))})),
-    "an old .pt file": raw(lambda b: pickle.dumps(0x1950A86A20F9469CFC6C) + KILLER),
-    "a new .pt file": packed(zipped),
-    "an .npz file": packed(lambda buffer, good: np.savez(buffer, weight=np.ones(3))),
-    "an .npy file": packed(lambda buffer, good: np.save(buffer, np.ones(3))),
-    "a tar archive": packed(tar("w")),
-    "a gzipped tar archive": packed(tar("w:gz")),
-    "an HDF5 file": raw(lambda b: b"\x89HDF\r\n\x1a\n" + bytes(512)),
-    "a GGUF file": raw(lambda b: b"GGUF" + struct.pack("<IQQ", 3, 2, 1) + bytes(64)),
-    "an ELF program": raw(lambda b: b"\x7fELF\x02\x01\x01" + bytes(64)),
-    "a shell script": raw(lambda b: b"#!/bin/sh\ntouch killed\n"),
-    "an HTML page": raw(lambda b: b"<!DOCTYPE html>\n<html><title>404: not found</title></html>\n"),
-    "a git-LFS pointer": raw(
-        lambda b: b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
-    ),
-    "JSON text": raw(lambda b: json.dumps({"weight": [1.0, 2.0]}).encode()),
-    "the good file as text": raw(lambda b: b.hex().encode()),
-    "the good file in UTF-16": raw(lambda b: b.decode("latin-1").encode("utf-16")),
-    "the good file backwards": raw(lambda b: b[::-1]),
-    "the good file without its first byte": raw(lambda b: b[1:]),
-    "the good file after a byte": raw(lambda b: b"\0" + b),
-    "with Windows' line ends": raw(lambda b: b.replace(b'"', b'"\r\n', 1)),
-}
-FILES = {
-    "missing": (Path.unlink, "there is no such file"),
-    "a folder": (replaced(Path.mkdir), "a folder, a pipe or a device"),
-    "a pipe that nobody writes to": (replaced(os.mkfifo), "a folder, a pipe or a device"),
-    "a socket": (replaced(unix_socket), "cannot be read"),
-    "a link to /dev/zero": (replaced(lambda path: path.symlink_to("/dev/zero")), "a folder, a pipe or a device"),
-    "a link to /dev/null": (replaced(lambda path: path.symlink_to("/dev/null")), "a folder, a pipe or a device"),
-    "a link to a folder": (replaced(lambda path: path.symlink_to("/")), "a folder, a pipe or a device"),
-    "a link to nothing": (replaced(lambda path: path.symlink_to("nothing")), "there is no such file"),
-    "a link to itself": (replaced(lambda path: path.symlink_to(path.name)), "cannot be read"),
-    "a sparse file of a terabyte": (lambda path: os.truncate(path, 1 << 40), "the tensors take"),
-}
-
-# -------------------------------------------------------------------------------- how long the header says that it is
-
-
-def length(change):
-    """A spoil that lies about the header's length: change(length, size of the file)."""
-
-    def spoil(path):
-        good = path.read_bytes()
-        n = int.from_bytes(good[:8], "little")
-        path.write_bytes((change(n, len(good)) % 2**64).to_bytes(8, "little") + good[8:])
-
-    return spoil
-
-
-SHORT, LIE = "not JSON|no JSON object", "bytes is announced"
-LENGTHS = {
-    "0": (length(lambda n, size: 0), SHORT),
-    "1": (length(lambda n, size: 1), SHORT),
-    "half": (length(lambda n, size: n // 2), SHORT),
-    "one less": (length(lambda n, size: n - 1), f"{SHORT}|the tensors take"),
-    "one more": (length(lambda n, size: n + 1), "not JSON|not UTF-8|the tensors take"),
-    "all that follows": (length(lambda n, size: size - 8), "not JSON|not UTF-8"),
-    "one more than follows": (length(lambda n, size: size - 7), LIE),
-    "the size": (length(lambda n, size: size), LIE),
-    "the size and one": (length(lambda n, size: size + 1), LIE),
-    "2^20": (length(lambda n, size: 2**20), LIE),
-    "2^31": (length(lambda n, size: 2**31), LIE),
-    "2^32": (length(lambda n, size: 2**32), LIE),
-    "2^32 more": (length(lambda n, size: n + 2**32), LIE),
-    "2^63 - 1": (length(lambda n, size: 2**63 - 1), LIE),
-    "2^63": (length(lambda n, size: 2**63), LIE),
-    "2^64 - 1": (length(lambda n, size: -1), LIE),
-    "big-endian": (length(lambda n, size: int.from_bytes(n.to_bytes(8, "little"), "big")), LIE),
-}
-
-# -------------------------------------------------------------------------------- the header's text
-
-
-def in_place_of_first(text: bytes):
-    """A spoil that puts raw JSON in the place of the first tensor's entry."""
-
-    def spoil(path):
-        header, data = read(path)
-        header[first(header)] = "HERE"
-        write(path, json.dumps(header).encode().replace(b'"HERE"', text), data)
-
-    return spoil
-
-
-def twice(change=lambda key: json.dumps(key)):
-    """A spoil that names the first tensor a second time, in other letters."""
-
-    def spoil(path):
-        header, data = read(path)
-        name = first(header)
-        again = f"{change(name)}: {json.dumps(header[name])}, "
-        write(path, b"{" + again.encode() + json.dumps(header).encode()[1:], data)
-
-    return spoil
-
-
-def many(count):
-    def spoil(path):
-        write(path, b"{" + b",".join(b'"%x":0' % i for i in range(count)) + b"}", b"")
-
-    return spoil
-
-
-def lengthened(text: bytes, size: int):
-    return header_text(lambda header: header[:-1] + text * (size // len(text)) + header[-1:])
-
-
-DEEP = 100_000
-TEXTS = {
-    "no text": (header_text(lambda h: b""), "no JSON object"),
-    "a list": (header_text(lambda h: b"[" + h + b"]"), "no JSON object"),
-    "null": (header_text(lambda h: b"null"), "no JSON object"),
-    "text": (header_text(lambda h: json.dumps(h.decode()).encode()), "no JSON object"),
-    "a space before it": (header_text(lambda h: b" " + h), "no JSON object"),
-    "a byte order mark": (header_text(lambda h: b"\xef\xbb\xbf" + h), "no JSON object"),
-    "UTF-16": (header_text(lambda h: h.decode().encode("utf-16")), "no JSON object"),
-    "UTF-16 without a mark": (header_text(lambda h: h.decode().encode("utf-16-le")), "not JSON"),
-    "UTF-32": (header_text(lambda h: h.decode().encode("utf-32-le")), "not JSON"),
-    "Latin-1": (header_text(lambda h: h.replace(b'"F32"', b'"F\xfc2"')), "not UTF-8"),
-    "a zero in two bytes": (header_text(lambda h: h.replace(b'"F32"', b'"F32\xc0\x80"')), "not UTF-8"),
-    "a surrogate in UTF-8": (header_text(lambda h: h.replace(b'"F32"', b'"F32\xed\xa0\x80"')), "not UTF-8"),
-    "a line end in a name": (header_text(lambda h: h.replace(b'"F32"', b'"F32\n"')), "not JSON"),
-    "a zero in a name": (header_text(lambda h: h.replace(b'"F32"', b'"F32\0"')), "not JSON"),
-    "a comma too many": (header_text(lambda h: h[:-1] + b",}"), "not JSON"),
-    "a second object": (header_text(lambda h: h + b"{}"), "not JSON"),
-    "a zero behind it": (header_text(lambda h: h + b"\0"), "not JSON"),
-    "single quotes": (header_text(lambda h: h.replace(b'"', b"'")), "not JSON"),
-    "a comment": (header_text(lambda h: h[:1] + b"/* */" + h[1:]), "not JSON"),
-    "Python's None": (in_place_of_first(b"None"), "not JSON"),
-    "NaN": (in_place_of_first(b"NaN"), "holds NaN"),
-    "Infinity": (in_place_of_first(b"Infinity"), "holds Infinity"),
-    "-Infinity": (in_place_of_first(b"-Infinity"), "holds -Infinity"),
-    "1e999": (in_place_of_first(b"1e999"), "its entry has not exactly"),
-    "a hundred thousand brackets": (in_place_of_first(b"[" * DEEP + b"]" * DEEP), "nested too deeply"),
-    "brackets that are left open": (in_place_of_first(b"[" * DEEP), "nested too deeply"),
-    "a hundred thousand braces": (in_place_of_first(b'{"a":' * DEEP + b"0" + b"}" * DEEP), "nested too deeply"),
-    "a number of 100,000 digits": (in_place_of_first(b"9" * 100_000), "a number that is too long"),
-    "a number of 4,000 digits": (in_place_of_first(b"9" * 4_000), "its entry has not exactly"),
-    "a fraction of 100,000 digits": (in_place_of_first(b"0." + b"9" * 100_000), "its entry has not exactly"),
-    "a name twice": (twice(), "twice"),
-    "a name twice, once escaped": (twice(lambda key: '"' + "".join(f"\\u{ord(c):04x}" for c in key) + '"'), "twice"),
-    "metadata twice": (header_text(lambda h: b'{"__metadata__": {}, ' + h[1:]), "twice"),
-    "a dtype twice": (header_text(lambda h: h.replace(b'"dtype"', b'"dtype": "F16", "dtype"', 1)), "twice"),
-    "no tensor": (header_text(lambda h: b"{}"), "the tensors take|metadata|format"),
-    "a million names": (many(1_000_000), "the header has"),
-    "a hundred thousand names": (many(100_000), "names 100,000 tensors"),
-    "a header of two million spaces": (lengthened(b" ", 2_000_000), "the header has"),
-}
-
-# -------------------------------------------------------------------------------- one tensor's entry
-
-NUMBERS = "is not a list of integers"
-SHAPE = "dimensions or one of 0"
-BYTES = "bytes are not what"
-HOLE = "leaves a hole"
-SHAPES = {
-    "none": (None, NUMBERS),
-    "an object": ({}, NUMBERS),
-    "text": ("2, 8", NUMBERS),
-    "a number": (16, NUMBERS),
-    "negative": ([-2, 8], NUMBERS),
-    "negative twice": ([-2, -8], NUMBERS),
-    "-1": ([-1], NUMBERS),
-    "2^63": ([2**63], NUMBERS),
-    "2^64": ([2**64], NUMBERS),
-    "2^64 and the right number": ([2**64 + 16], NUMBERS),
-    "1e308": ([1e308], NUMBERS),
-    "whole floats": ([2.0, 8.0], NUMBERS),
-    "true": ([True, 16], NUMBERS),
-    "texts": (["2", "8"], NUMBERS),
-    "a list in it": ([[2, 8]], NUMBERS),
-    "null in it": ([None, 16], NUMBERS),
-    "4,000 digits": ([10**3999], NUMBERS),
-    "0": ([0, 8], SHAPE),
-    "0 and 2^62": ([0, 2**62], SHAPE),
-    "a hundred dimensions": ([2, 8] + [1] * 98, SHAPE),
-    "100,000 dimensions": ([1] * 100_000, SHAPE),
-    "no dimensions": ([], BYTES),
-    "one row less": ([1, 8], BYTES),
-    "one row more": ([3, 8], BYTES),
-    "2^62": ([2**62], BYTES),
-    "eight times 2^62": ([2**62] * 8, BYTES),
-    "the right number modulo 2^64": ([2**60 + 1, 16], BYTES),
-    "the right bytes modulo 2^64": ([2**62 + 16], BYTES),
-}
-OFFSETS = {
-    "none": (None, NUMBERS),
-    "text": ("0, 64", NUMBERS),
-    "an object": ({"begin": 0, "end": 64}, NUMBERS),
-    "negative": ([-64, 0], NUMBERS),
-    "the end negative": ([0, -64], NUMBERS),
-    "2^63": ([0, 2**63], NUMBERS),
-    "2^64": ([0, 2**64], NUMBERS),
-    "beyond 2^64": ([2**64, 2**64 + 64], NUMBERS),
-    "whole floats": ([0.0, 64.0], NUMBERS),
-    "1e308": ([0, 1e308], NUMBERS),
-    "false": ([False, 64], NUMBERS),
-    "texts": (["0", "64"], NUMBERS),
-    "empty": ([], SHAPE),
-    "one": ([64], SHAPE),
-    "three": ([0, 64, 64], SHAPE),
-    "reversed": ([64, 0], BYTES),
-    "one byte less": ([0, 63], BYTES),
-    "one byte more": ([0, 65], BYTES),
-    "begin one later": ([1, 64], BYTES),
-    "no bytes": ([0, 0], BYTES),
-    "2^63 - 1": ([0, 2**63 - 1], BYTES),
-    "one later": ([1, 65], HOLE),
-    "behind the end": ([2**40, 2**40 + 64], HOLE),
-    "just below 2^63": ([2**63 - 65, 2**63 - 1], HOLE),
-}
-DTYPE, KEYS = "its dtype is", "its entry has not exactly"
-DTYPES = {
-    name: (name, DTYPE)
-    for name in [
-        *("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "C64"),
-        *("F128", "f32", "float32", "<f4", "O", "V"),
-    ]
-} | {
-    "empty": ("", DTYPE),
-    "a space": ("F32 ", DTYPE),
-    "a zero": ("F32\0", DTYPE),
-    "control codes": ("\x1b[2J\x07", DTYPE),
-    "an override of direction": ("\u202e23F", DTYPE),
-    "a lone surrogate": ("\ud800", DTYPE),
-    "very long": ("F" * 100_000, DTYPE),
-    "null": (None, DTYPE),
-    "a number": (32, DTYPE),
-    "true": (True, DTYPE),
-    "a list": (["F32"], DTYPE),
-    "an object": ({"F32": 1}, DTYPE),
-    "half": ("F16", BYTES),
-    "bfloat": ("BF16", BYTES),
-    "double": ("F64", BYTES),
-}
-ENTRIES = {
-    "null": (instead(None), KEYS),
-    "a list": (instead([]), KEYS),
-    "text": (instead("F32"), KEYS),
-    "a number": (instead(0), KEYS),
-    "true": (instead(True), KEYS),
-    "empty": (instead({}), KEYS),
-    "without dtype": (entry(dtype=GONE), KEYS),
-    "without shape": (entry(shape=GONE), KEYS),
-    "without offsets": (entry(data_offsets=GONE), KEYS),
-    "with more": (entry(requires_grad=True), KEYS),
-    "with __class__": (entry(__class__="os.system"), KEYS),
-}
-NAMES = {
-    "an absolute path": "/etc/passwd",
-    "a path upwards": "../../etc/passwd",
-    "a path upwards with backslashes": "..\\..\\windows\\system.ini",
-    "empty": "",
-    "a zero": "blocks.0.q\0.arrays.A",
-    "a line end": "blocks.0.q.arrays.A\nminilora: all is well",
-    "a carriage return": "blocks.0.q.arrays.A\rminilora: all is well",
-    "codes that clear the screen": "\x1b[2J\x1b[1;31mroot\x1b[0m",
-    "a code that sets the title": "\x1b]0;owned\x07",
-    "codes of C1": "\x9b31m\x85\x9d0;owned\x9c",
-    "an override of direction": "\u202ea.syarra.q",
-    "lone surrogates": "\udfff\ud800",
-    "a name of 100,000 letters": "q" * 100_000,
-    "a name of 10,000 control codes": "\x01" * 10_000,
-    "dunder": "__class__",
-    "python": "__import__('os').system('touch killed')",
-    "a template": "{0.__class__.__init__.__globals__} %s %n ${HOME} $(touch killed)",
-    "a letter that looks alike": "blocks.0.q.arrays.\u0391",
-    "other case": "BLOCKS.0.Q.ARRAYS.A",
-}
-
-
-def added(size):
-    return lambda path: path.write_bytes(path.read_bytes() + b"\0" * size)
-
-
-def shifted(first_by=0, others_by=0, fill=b"", cut=0):
-    """A spoil that moves the first tensor's offsets, or the others', and the bytes with them."""
-
-    def spoil(path):
-        header, data = read(path)
-        for name, found in header.items():
-            if name != "__metadata__":
-                by = first_by if name == first(header) else others_by
-                found["data_offsets"] = [n + by for n in found["data_offsets"]]
-        end = header[first(header)]["data_offsets"][1] - first_by
-        write(path, header, data[:end] + fill + data[end : len(data) - cut])
-
-    return spoil
-
-
-LAYOUT = {
-    "a byte too many": (added(1), "the tensors take"),
-    "a kibibyte too many": (added(1024), "the tensors take"),
-    "a hole before all": (shifted(8, 8, b"hide you"), HOLE),
-    "a hole between two": (shifted(0, 8, b"hide you"), HOLE),
-    "two that overlap": (shifted(0, -8, cut=8), "overlaps"),
-    "two on the same bytes": (shifted(0, -64, cut=64), "overlaps"),
-}
-
-
-def format_seeds() -> dict[str, Seed]:
-    """Seeds that break any safetensors file whose first tensor is 64 bytes of F32 at the front, by name."""
-    seeds = {f"foreign: {name}": Seed(spoil, NO_FILE) for name, spoil in FOREIGN.items()}
-    seeds |= {f"file: {name}": Seed(*seed) for name, seed in FILES.items()}
-    seeds |= {f"header length: {name}": Seed(*seed) for name, seed in LENGTHS.items()}
-    seeds |= {f"header: {name}": Seed(*seed) for name, seed in TEXTS.items()}
-    seeds |= {f"entry: {name}": Seed(spoil, rule, FIRST) for name, (spoil, rule) in ENTRIES.items()}
-    seeds |= {f"shape: {name}": Seed(entry(shape=shape), rule, FIRST) for name, (shape, rule) in SHAPES.items()}
-    seeds |= {
-        f"offsets: {name}": Seed(entry(data_offsets=at), rule, SOME if rule == HOLE else FIRST)
-        for name, (at, rule) in OFFSETS.items()
-    }
-    seeds |= {f"dtype: {name}": Seed(entry(dtype=dtype), rule, FIRST) for name, (dtype, rule) in DTYPES.items()}
-    seeds |= {f"layout: {name}": Seed(*seed) for name, seed in LAYOUT.items()}
-    return seeds | {f"name: {name}": Seed(renamed(text), "belongs to nothing", text) for name, text in NAMES.items()}
-
-
-# -------------------------------------------------------------------------------- what minilora's description says
-
-LONG = "9" * 4_000
-METHODS = {
-    "os.system": "os.system",
-    "an import": "__import__('os')",
-    "a path": "../lora",
-    "a command": "lora; rm -rf .",
-    "a file": "lora.py",
-    "a module": "minilora.methods.lora",
-    "a package": "methods",
-    "a private file": "__init__",
-    "other case": "LoRA",
-    "a space": "lora ",
-    "empty": "",
-    "a zero": "lora\0",
-    "control codes": "\x1b[2J\nminilora: all is well",
-    "very long": "lora" * 20_000,
-}
-WRONG_METADATA = {
-    "null": None,
-    "a list": [],
-    "text": "minilora adapter 2",
-    "a number": 2,
-    "true": True,
-    "a number in it": {"format": 1},
-    "null in it": {"format": None},
-    "a list in it": {"format": ["minilora adapter 2"]},
-    "an object in it": {"format": {}},
-    "empty": {},
-    "of 900 KB": {"format": "pt" * 450_000},
-    "of 2 MB": {"format": "pt" * 1_000_000},
-}
+    return json_noted("layers", changed)
 
 
 def options(**changes):
-    """A spoil that changes the options of every layer, signed."""
-    return described(lambda layers: [found["options"].update(changes) for found in layers.values()])
+    return layers(lambda found: [layer["options"].update(changes) for layer in found.values()])
 
 
-def described(change):
-    """A spoil that changes {path: {"options": …}} in place, signed."""
+def array(name, change):
+    """Put ``change(array)`` in the place of one array, signed; None takes it away."""
 
-    def change_notes(arrays, notes):
-        layers = json.loads(notes["layers"])
-        change(layers)
-        notes["layers"] = json.dumps(layers)
+    def change_arrays(arrays, metadata):
+        arrays[name] = change(arrays.pop(name))
+        if arrays[name] is None:
+            del arrays[name]
 
-    return rewritten(change_notes)
-
-
-def moved(to, path="blocks.0.q"):
-    """A spoil that says that the adapter of one layer belongs to another."""
-    return described(lambda layers: layers.update({to: layers.pop(path)}))
+    return rewritten(change_arrays)
 
 
-def parted(part, path="blocks.0.q"):
-    return described(lambda layers: layers[path].update(part=part))
+def bfloat16(name, bits):
+    """Fill one tensor with these bits as BF16; the checksum, which is no longer right, would be looked at last."""
+    half = array(name, lambda a: np.full(a.shape, bits, "<u2").view("<f2"))
+    dtype = header_text(lambda header: header.replace(b'"F16"', b'"BF16"'))
+    return lambda path: (half(path), dtype(path))
 
 
-def layers_text(text: str):
-    return noted(layers=text)
-
-
-def unsafe_text(text: str):
-    """A spoil that puts text into the metadata that no signed file can hold."""
+def changed(**values):
+    """Change keys of a JSON file; GONE takes one away."""
 
     def spoil(path):
-        header, data = read(path)
-        header["__metadata__"]["layers"] = text
-        write(path, header, data)
+        found = json.loads(path.read_bytes()) | values
+        path.write_text(json.dumps({key: value for key, value in found.items() if value is not GONE}))
 
     return spoil
 
 
-OPTIONS = {
-    "r of 10^12": ({"r": 10**12}, "below 2³²"),
-    "r of 2^63": ({"r": 2**63}, "below 2³²"),
-    "r of 4,000 digits": ({"r": int(LONG)}, "r is 9999"),
-    "r of one more than fits": ({"r": 9}, "at most 8"),
-    "r of 0": ({"r": 0}, "at least 1"),
-    "r of -1": ({"r": -1}, "at least 1"),
-    "r of -10^12": ({"r": -(10**12)}, "at least 1"),
-    "r is true": ({"r": True}, "option r of the layer"),
-    "r is text": ({"r": "8"}, "option r of the layer"),
-    "r is null": ({"r": None}, "option r of the layer"),
-    "r is a float": ({"r": 2.0}, "option r of the layer"),
-    "r is 1e308": ({"r": 1e308}, "option r of the layer"),
-    "r is a list": ({"r": [2]}, "option r of the layer"),
-    "r is an object": ({"r": {"r": 2}}, "option r of the layer"),
-    "alpha of 0": ({"alpha": 0}, "above 0"),
-    "alpha of -1": ({"alpha": -1.0}, "above 0"),
-    "alpha is text": ({"alpha": "16"}, "option alpha of the layer"),
-    "alpha is true": ({"alpha": True}, "option alpha of the layer"),
-    "alpha is null": ({"alpha": None}, "option alpha of the layer"),
-    "alpha is a list": ({"alpha": []}, "option alpha of the layer"),
-    "alpha of 4,000 digits": ({"alpha": int(LONG)}, "too large"),
-    "a misspelt option": ({"rank": 2}, "no option"),
-    "an option name": ({"name": "lora"}, "no option"),
-    "an option self": ({"self": 1}, "no option"),
-    "an option cls": ({"cls": 1}, "no option"),
-    "an option __class__": ({"__class__": "os.system"}, "no option"),
-    "an empty option": ({"": 1}, "no option"),
-    "an option of control codes": ({"\x1b[2J\n": 1}, "no option"),
-    "a very long option": ({"r" * 50_000: 1}, "no option"),
+def linked(target):
+    """Put a symbolic link in the file's place."""
+    return lambda path: (path.unlink(), path.symlink_to(target))
+
+
+def only(name, data: bytes):
+    """Put a file of another name in the place of the good one."""
+    return lambda path: (path.unlink(), path.with_name(name).write_bytes(data))
+
+
+# ------------------------------------------------------------------------------------ the format, whoever the loader is
+
+FILES = {
+    "missing": (Path.unlink, "there is no such file"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "a folder, a pipe or a device"),
+    "a pipe that nobody writes to": (lambda path: (path.unlink(), os.mkfifo(path)), "a folder, a pipe or a device"),
+    "a link to zeros without end": (linked("/dev/zero"), "a folder, a pipe or a device"),
+    "a link to a folder": (linked("/"), "a folder, a pipe or a device"),
+    "a link to nothing": (linked("nothing"), "there is no such file"),
+    "a link to itself": (lambda path: linked(path.name)(path), "cannot be read"),
 }
-LAYERS = {
-    "no JSON": ("{", "not JSON"),
-    "empty": ("", "not JSON"),
-    "a byte order mark": ("\ufeff{}", "not JSON"),
-    "an empty list": ("[]", "not a map"),
-    "a list of names": ('["blocks.0.q"]', "not a map"),
-    "an empty map": ("{}", "not a map"),
-    "null": ("null", "not a map"),
-    "text": ('"blocks.0.q"', "not a map"),
-    "a number": ("1", "not a map"),
-    "NaN": ('{"blocks.0.q": NaN}', "holds NaN"),
-    "alpha Infinity": ('{"blocks.0.q": {"options": {"r": 2, "alpha": Infinity}}}', "holds Infinity"),
-    "alpha 1e999": ('{"blocks.0.q": {"options": {"r": 2, "alpha": 1e999}}}', "finite"),
-    "a layer twice": ('{"blocks.0.q": {"options": {}}, "blocks.0.q": {"options": {}}}', "twice"),
-    "r twice": ('{"blocks.0.q": {"options": {"r": 2, "r": 1000000000}}}', "twice"),
-    "deep": ("[" * DEEP + "]" * DEEP, "nested too deeply"),
-    "a long number": ('{"blocks.0.q": ' + "9" * DEEP + "}", "too long"),
-    "an entry null": ('{"blocks.0.q": null}', "other keys"),
-    "an entry a list": ('{"blocks.0.q": []}', "other keys"),
-    "an entry text": ('{"blocks.0.q": "options"}', "other keys"),
-    "an entry with more": ('{"blocks.0.q": {"options": {}, "method": "os.system"}}', "other keys"),
-    "an entry without options": ('{"blocks.0.q": {}}', "are not a map"),
-    "options null": ('{"blocks.0.q": {"options": null}}', "are not a map"),
-    "options a list": ('{"blocks.0.q": {"options": [2, 16.0]}}', "are not a map"),
-    "options text": ('{"blocks.0.q": {"options": "r=2"}}', "are not a map"),
-    "5,000 layers": (json.dumps({f"blocks.{i}.q": {"options": {}} for i in range(5000)}), "no linear layer|at most"),
-}
-PATHS = {
-    "the next block": "blocks.1.q",
-    "a negative block": "blocks.-1.q",
-    "another spelling": "blocks.00.q",
-    "other case": "blocks.0.Q",
-    "a block": "blocks.0",
-    "the list of blocks": "blocks",
-    "a weight": "blocks.0.q.W",
-    "a norm": "norm",
-    "an embedding": "tokens",
-    "a dot at the end": "blocks.0.q.",
-    "two dots": "blocks..q",
-    "empty": "",
-    "dunder": "blocks.0.__class__",
-    "__dict__": "__dict__",
-    "a path upwards": "../../blocks.0.q",
-    "an absolute path": "/etc/passwd",
-    "control codes": "\x1b[2J\nminilora: all is well",
-    "a zero": "blocks.0.q\0",
-    "a lone surrogate": "\ud800",
-    "very long": "blocks.0.q" * 5_000,
-}
-PART, PARTS = (
-    "the part of the layer",
-    {  # of q in a VeRA file, which has 8 rows of B
-        "null": None,
-        "a list": [0, 8],
-        "one number": {"B": [8]},
-        "three numbers": {"B": [0, 8, 1]},
-        "texts": {"B": ["0", "8"]},
-        "floats": {"B": [0.0, 8.0]},
-        "true": {"B": [False, 8]},
-        "negative": {"B": [-8, 0]},
-        "to the last but one": {"B": [0, -1]},
-        "2^31": {"B": [2**31 - 8, 2**31]},
-        "2^64": {"B": [0, 2**64]},
-        "reversed": {"B": [8, 0]},
-        "empty": {"B": [4, 4]},
-        "one row less": {"B": [0, 7]},
-        "one row": {"B": [0, 1]},
-        "one row more": {"B": [0, 9]},
-        "of A": {"A": [0, 2]},
-        "of a vector": {"b": [0, 8]},
-        "of nothing": {"C": [0, 8]},
-        "of control codes": {"\x1b[2J": [0, 8]},
-        "of __class__": {"__class__": [0, 8]},
+BROKEN = {  # what the library, or the JSON reader before it, refuses
+    **{
+        f"instead {data!r:.30}": instead(data)
+        for data in (b"", b"{", bytes(8), bytes(1000), b"\xff" * 1000, KILLER, b"PK\3\4" + bytes(26),
+                     b"\x93NUMPY\1\0v\0{'descr': '<f4'}", b"GGUF" + struct.pack("<IQQ", 3, 2, 1) + bytes(64),
+                     b"#!/bin/sh\ntouch killed\n", b"<!DOCTYPE html>\n<html><title>404</title></html>\n",
+                     b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
     },
-)
-A, B = "blocks.0.q.arrays.A", "blocks.0.q.arrays.B"
+    "cut in the length": raw(lambda good: good[:5]),
+    "cut in the header": raw(lambda good: good[:50]),
+    "cut in the arrays": raw(lambda good: good[:-1]),
+    "a sparse file of a terabyte": lambda path: os.truncate(path, 1 << 40),
+    "backwards": raw(lambda good: good[::-1]),
+    "without its first byte": raw(lambda good: good[1:]),
+    "with Windows' line ends": raw(lambda good: good.replace(b'"', b'"\r\n', 1)),
+    "a byte more": raw(lambda good: good + b"\0"),
+    "header length 0": length(lambda n, size: 0),
+    "header length half": length(lambda n, size: n // 2),
+    "header length one less": length(lambda n, size: n - 1),
+    "header length one more": length(lambda n, size: n + 1),
+    "header length all that follows": length(lambda n, size: size - 8),
+    "header length one too many": length(lambda n, size: size - 7),
+    "header length 2^20": length(lambda n, size: 2**20),
+    "header length 2^32 more": length(lambda n, size: n + 2**32),
+    "header length 2^64 - 1": length(lambda n, size: -1),
+    "header empty": header_text(lambda h: b""),
+    "header {}": header_text(lambda h: b"{}"),
+    "header in a list": header_text(lambda h: b"[" + h + b"]"),
+    "header null": header_text(lambda h: b"null"),
+    "header as text": header_text(lambda h: json.dumps(h.decode()).encode()),
+    "header with a byte order mark": header_text(lambda h: b"\xef\xbb\xbf" + h),
+    "header in UTF-16": header_text(lambda h: h.decode().encode("utf-16")),
+    "header in UTF-32": header_text(lambda h: h.decode().encode("utf-32-le")),
+    "header in Latin-1": header_text(lambda h: h.replace(b'"F32"', b'"F\xfc2"')),
+    "header with a surrogate": header_text(lambda h: h.replace(b'"F32"', b'"F32\xed\xa0\x80"')),
+    "header with a line end in text": header_text(lambda h: h.replace(b'"F32"', b'"F32\n"')),
+    "header with a comma too many": header_text(lambda h: h[:-1] + b",}"),
+    "header and a second object": header_text(lambda h: h + b"{}"),
+    "header with a comment": header_text(lambda h: h[:1] + b"/* */" + h[1:]),
+    "a name twice": header_text(lambda h: b'{"x": {}, "x": {}, ' + h[1:]),
+    "a name twice, once escaped": header_text(lambda h: b'{"x": {}, "\\u0078": {}, ' + h[1:]),
+    "metadata twice": header_text(lambda h: b'{"__metadata__": {}, ' + h[1:]),
+    "a dtype twice": header_text(lambda h: h.replace(b'"dtype"', b'"dtype": "F16", "dtype"', 1)),
+    "100,000 names": header_text(lambda h: b"{" + b",".join(b'"%x":{}' % i for i in range(100_000)) + b"}"),
+    "a header of two million spaces": header_text(lambda h: h[:-1] + b" " * 2_000_000 + h[-1:]),
+    **{
+        f"entry {text[:20].decode()}": entry_text(text)
+        for text in (b"null", b"[]", b'"F32"', b"0", b"true", b"{}", b"None", b"NaN", b"-Infinity", b"1e999",
+                     b'["F32", [2, 8], [0, 64]]', b"9" * 100_000, b"[" * DEEP + b"]" * DEEP, b'{"a":' * DEEP)
+    },
+    **{
+        f"without {key}": edited(lambda header, name, data, key=key: header[name].pop(key) and None)
+        for key in ("dtype", "shape", "data_offsets")
+    },
+    **{
+        f"shape {shape!r:.30}": entry(shape=shape)
+        for shape in (None, {}, "2, 8", 16, [-2, 8], [-2, -8], [2**63], [2**64 + 16], [1e308], [2.0, 8.0], [True, 16],
+                      ["2", "8"], [[2, 8]], [LONG], [0, 8], [1] * 100_000, [], [1, 8], [3, 8], [2**62] * 8,
+                      [2**60 + 1, 16], [2**62 + 16])
+    },
+    **{
+        f"offsets {at!r:.30}": entry(data_offsets=at)
+        for at in (None, "0, 64", {"begin": 0, "end": 64}, [-64, 0], [0, 2**63], [2**64, 2**64 + 64], [0.0, 64.0],
+                   [False, 64], [], [64], [0, 64, 64], [64, 0], [0, 63], [0, 65], [1, 64], [0, 0], [1, 65],
+                   [2**40, 2**40 + 64])
+    },
+    **{
+        f"dtype {dtype!a:.30}": entry(dtype=dtype)
+        for dtype in ("I8", "I64", "BOOL", "F4", "C64", "F16", "BF16", "F64", "float32", "O", "", "F32\0", CLEAR,
+                      "\u202e23F", "\ud800", "F" * 100_000, None, 32, ["F32"], {"F32": 1})
+    },
+    "a hole before all": shifted(8, 8, lambda data: b"hide you" + data),
+    "a hole between two": shifted(0, 8, lambda data: data[:64] + b"hide you" + data[64:]),
+    "two that overlap": shifted(0, -8, lambda data: data[:-8]),
+    "two on the same bytes": shifted(0, -64, lambda data: data[:-64]),
+    **{
+        f"metadata {value!r:.30}": edited(lambda header, name, data, value=value: header.update(__metadata__=value))
+        for value in ([], "minilora adapter 2", 2, True, {"format": 1}, {"format": None}, {"format": {}},
+                      {"format": "pt" * 1_000_000})
+    },
+}  # fmt: skip
+REFUSED = r"is not .*(truncated|damaged|map of maps)|the header (is|has|holds)"
+NAMES = [
+    "/etc/passwd", "../../etc/passwd", "", "q\0", "q\nminilora: all is well", CLEAR, "\x1b]0;owned\x07", "\x9b31m\x85",
+    "\u202ea.syarra.q", "q" * 100_000, "__class__", "__import__('os').system('touch killed')",
+    "{0.__class__.__init__.__globals__} %s %n ${HOME} $(touch killed)", "BLOCKS.0.Q.ARRAYS.A",
+]  # fmt: skip
 
 
-def description_seeds() -> dict[str, Seed]:
-    """Seeds for a file of minilora with LoRA (r 2, alpha 16) in blocks.0.q, whose d_in and d_out are 8, by name."""
-    seeds = {f"metadata: {name}": Seed(unsigned(value), "metadata|format|header has") for name, value in
-             WRONG_METADATA.items()}  # fmt: skip
-    seeds |= {f"without {key}": Seed(noted(**{key: None}), "lacks|format") for key in ("format", "base", "method")}
-    seeds["without layers"] = Seed(noted(layers=None), 'lacks "layers"')
-    seeds |= {
-        f"format: {name}": Seed(noted(format=name), "format")
-        for name in ("", "pt", "minilora adapter 1", "MINILORA ADAPTER 2", "minilora adapter 2 ", "x" * 10_000)
-    }
-    seeds |= {
-        f"base: {name}": Seed(noted(base=base), "another base model")
-        for name, base in {
-            "empty": "",
-            "zeros": "0" * 64,
-            "control codes": "\x1b[2J",
-            "very long": "f" * 10_000,
-        }.items()
-    }
-    seeds |= {f"method: {name}": Seed(noted(method=method), "unknown method") for name, method in METHODS.items()}
-    seeds |= {f"options: {name}": Seed(options(**values), rule) for name, (values, rule) in OPTIONS.items()}
-    seeds |= {f"layers: {name}": Seed(layers_text(text), rule) for name, (text, rule) in LAYERS.items()}
-    seeds |= {f"layer: {name}": Seed(moved(path), "no linear layer") for name, path in PATHS.items()}
-    seeds |= {f"part of LoRA: {name}": Seed(parted(part), PART) for name, part in PARTS.items()}
-    seeds |= {
-        "layers: a lone surrogate": Seed(unsafe_text('{"\ud800": {"options": {}}}'), "no linear layer"),
-        "method: another": Seed(noted(method="dora"), "is missing", "blocks.0.q.arrays.m"),
-        "method: one without rank": Seed(noted(method="full"), "no option"),
-        "layer: another that there is": Seed(moved("blocks.0.k"), "belongs to nothing", A),
-        "layer: one more that there is": Seed(
-            described(lambda layers: layers.update({"blocks.0.k": layers["blocks.0.q"]})), "is missing",
-            "blocks.0.k.arrays.A",
-        ),
-        "options: another r that fits": Seed(options(r=3), r"is F32\(2, 8\); expected \(3, 8\)", A),
-        "options: r of 1": Seed(options(r=1), r"is F32\(2, 8\); expected \(1, 8\)", A),
-    }  # fmt: skip
-    return seeds
+def format_cases():
+    """(name, spoil, rule, tensor) for any safetensors file whose first tensor is 64 bytes of F32 and lies in front."""
+    for name, (spoil, rule) in FILES.items():
+        yield name, spoil, rule, None
+    for name, spoil in BROKEN.items():
+        yield name, spoil, REFUSED, None
+    for dtype in ("I32", "U32"):  # of four bytes too, so that the library lets it pass
+        yield f"dtype {dtype}", entry(dtype=dtype), "its dtype is", FIRST
+    yield "a hundred dimensions", entry(shape=[2, 8] + [1] * 98), "expected", FIRST
+    for name in NAMES:
+        yield f"name {name!a:.40}", renamed(name), "belongs to nothing|named after", name
 
 
-def array_seeds(names, dtypes=("F64", "F32", "F16", "BF16")) -> dict[str, Seed]:
-    """Seeds with a number that is none in each of the tensors ``names`` {name: how many numbers}, signed."""
-    seeds = {}
-    for value in (np.nan, np.inf, -np.inf):
-        for dtype in dtypes:
-            for name, size in names.items():
-                for at in {0, size // 2, size - 1}:
-                    seed = Seed(stored(name, value, dtype, at), "NaN or an infinity", name)
-                    seeds[f"{value} in {dtype} {name}[{at}]"] = seed
-    for value in (1e300, -1e300):
-        name = next(iter(names))
-        seeds[f"{value} for a float32"] = Seed(stored(name, value, "F64", 3), "too large for float32", name)
-    return seeds
+# ------------------------------------------------------------------------------- what minilora's description says
+
+WRONG_OPTIONS = [
+    *({"r": r} for r in (10**12, 2**63, LONG, 9, 0, -1, True, "8", None, 2.0, 1e308, [2], {"r": 2})),
+    *({"alpha": alpha} for alpha in (0, -1.0, "16", True, None, [], LONG)),
+    *({name: 1} for name in ("rank", "name", "self", "__class__", "", CLEAR, "r" * 50_000)),
+]
+WRONG_LAYERS = [
+    "{", "", "\ufeff{}", "[]", '["blocks.0.q"]', "{}", "null", '"blocks.0.q"', '{"blocks.0.q": NaN}',
+    '{"blocks.0.q": {"options": {"r": 2, "alpha": Infinity}}}', '{"blocks.0.q": {"options": {"r": 2, "alpha": 1e999}}}',
+    '{"blocks.0.q": {"options": {}}, "blocks.0.q": {"options": {}}}', '{"blocks.0.q": {"options": {"r": 2, "r": 3}}}',
+    "[" * DEEP, '{"blocks.0.q": ' + "9" * DEEP + "}", '{"blocks.0.q": null}', '{"blocks.0.q": []}',
+    '{"blocks.0.q": {"options": {}, "method": "os.system"}}', '{"blocks.0.q": {}}', '{"blocks.0.q": {"options": null}}',
+    '{"blocks.0.q": {"options": [2, 16.0]}}', '{"blocks.0.q": {"options": "r=2"}}',
+    json.dumps({f"blocks.{i}.q": {"options": {}} for i in range(5000)}),
+]  # fmt: skip
+WRONG_PATHS = [
+    "blocks.1.q", "blocks.-1.q", "blocks.00.q", "blocks.0.Q", "blocks.0", "blocks", "blocks.0.q.W", "norm", "tokens",
+    "blocks.0.q.", "", "blocks.0.__class__", "../../blocks.0.q", "/etc/passwd", CLEAR, "blocks.0.q\0", "\ud800",
+    "blocks.0.q" * 5_000,
+]  # fmt: skip
+WRONG_METHODS = [
+    "os.system", "__import__('os')", "../lora", "lora; rm -rf .", "lora.py", "minilora.methods.lora", "__init__",
+    "LoRA", "lora ", "", "lora\0", CLEAR, "lora" * 20_000,
+]  # fmt: skip
+WRONG_PARTS = [  # of q in a VeRA file, which has 8 rows of B
+    None, [0, 8], {"B": [8]}, {"B": [0, 8, 1]}, {"B": ["0", "8"]}, {"B": [0.0, 8.0]}, {"B": [False, 8]},
+    {"B": [-8, 0]}, {"B": [0, -1]}, {"B": [2**31 - 8, 2**31]}, {"B": [8, 0]}, {"B": [4, 4]}, {"B": [0, 7]},
+    {"B": [0, 9]}, {"A": [0, 2]}, {"C": [0, 8]}, {CLEAR: [0, 8]},
+]  # fmt: skip
 
 
-def tampered_seeds() -> dict[str, Seed]:
-    """Seeds that change what the file says, in its own format, and do not sign it again: the checksum's work."""
+def parted(part):
+    return layers(lambda found: found["blocks.0.q"].update(part=part))
 
-    def changed(array=None, **notes):
-        def spoil(path):
-            header, data = read(path)
-            header["__metadata__"].update({key: value for key, value in notes.items() if value is not None})
-            for key in [key for key, value in notes.items() if value is None]:
-                del header["__metadata__"][key]
-            write(path, header, array(data) if array else data)
 
-        return spoil
+def moved(to):
+    """Say that the adapter of one layer belongs to another."""
+    return layers(lambda found: found.update({to: found.pop("blocks.0.q")}))
 
-    def exchanged(path):
-        header, data = read(path)
-        offsets = [header[name].pop("data_offsets") for name in (A, B)]
-        for name, at in zip((A, B), reversed(offsets), strict=True):
-            header[name]["data_offsets"] = at
-        write(path, header, data)
 
-    entry_of_q = '{"blocks.0.q": {"options": {"r": 2, "alpha": %s}}}'
-    damaged = {
-        "the first bit": changed(lambda data: bytes([data[0] ^ 1]) + data[1:]),
-        "the last bit": changed(lambda data: data[:-1] + bytes([data[-1] ^ 1])),
-        "all zeros": changed(lambda data: bytes(len(data))),
-        "two tensors exchanged": exchanged,
-        "a larger alpha": changed(layers=entry_of_q % "17.0"),
-        "alpha in other digits": changed(layers=entry_of_q % "16.00"),
-        "another method of the same shapes": changed(method="rslora"),
-        "a note more": changed(note="trust me"),
-        "checksum empty": changed(sha256=""),
-        "checksum of another file": changed(sha256="0" * 64),
-    }
-    seeds = {f"tampered: {name}": Seed(spoil, "is damaged") for name, spoil in damaged.items()}
+def adapter_cases():
+    """For a file of minilora with LoRA (r 2, alpha 16) in blocks.0.q, whose d_in and d_out are 8."""
+    for key in ("format", "base", "method", "layers"):
+        yield f"without {key}", noted(**{key: GONE}), f'lacks "{key}"|format', None
+    without = edited(lambda header, name, data: header["__metadata__"].pop(DIGEST) and None)
+    yield "without a checksum", without, f'lacks "{DIGEST}"', None
+    for form in ("", "pt", "minilora adapter 1", "MINILORA ADAPTER 2", "x" * 10_000):
+        yield f"format {form:.20}", noted(format=form), "format", None
+    for mark in ("", "0" * 64, CLEAR, "f" * 10_000):
+        yield f"base {mark!a:.20}", noted(base=mark), "another base model", None
+    for method in WRONG_METHODS:
+        yield f"method {method!a:.30}", noted(method=method), "unknown method", None
+    for wrong in WRONG_OPTIONS:
+        yield f"options {wrong!a:.40}", options(**wrong), "r is|alpha|option|at most|large", None
+    for text in WRONG_LAYERS:
+        yield f"layers {text!a:.60}", noted(layers=text), "layer|at most|finite", None
+    for path in WRONG_PATHS:
+        yield f"layer {path!a:.30}", moved(path), "no linear layer", None
+    yield "part of LoRA", parted({"B": [0, 8]}), "the part of the layer", None
+    yield "method dora", noted(method="dora"), "is missing", "blocks.0.q.arrays.m"
+    yield "method full", noted(method="full"), "no option", None
+    yield "layer k", moved("blocks.0.k"), "belongs to nothing", A
+    yield "layer k too", layers(lambda found: found.update({"blocks.0.k": found["blocks.0.q"]})), "is missing", None
+    yield "r of 3", options(r=3), r"is F32\(2, 8\); expected \(3, 8\)", A
+    yield "r of 1", options(r=1), r"is F32\(2, 8\); expected \(1, 8\)", A
+
+    say = '{"blocks.0.q": {"options": {"r": 2, "alpha": %s}}}'
     for name, spoil in {
-        "no checksum": changed(sha256=None),
-        "no checksum and other numbers": changed(lambda data: bytes(len(data)), sha256=None),
+        "the first bit": edited(lambda header, name, data: bytes([data[0] ^ 1]) + data[1:]),
+        "the last bit": edited(lambda header, name, data: data[:-1] + bytes([data[-1] ^ 1])),
+        "all zeros": edited(lambda header, name, data: bytes(len(data))),
+        "two tensors exchanged": edited(lambda header, name, data: data[64:] + data[:64]),
+        "a larger alpha": notes(layers=say % "17.0"),
+        "alpha in other digits": notes(layers=say % "16.00"),
+        "another method of the same shapes": notes(method="rslora"),
+        "a note more": notes(note="trust me"),
+        "an empty checksum": notes(sha256=""),
+        "the checksum of another file": notes(sha256="0" * 64),
     }.items():
-        seeds[f"tampered: {name}"] = Seed(spoil, "sha256")
-    return seeds
+        yield f"tampered with: {name}", spoil, "is damaged", None
+    yield from number_cases(A)
 
 
-def model_seeds(good: dict) -> dict[str, Seed]:
-    """Seeds for a model whose configuration is ``good``: one block of width 8, of 18 tensors."""
-    config = lambda **sizes: noted(config=json.dumps({k: v for k, v in {**good, **sizes}.items() if v is not GONE}))
-    huge = 10**9
-    seeds = {
-        "no configuration": (noted(config=None), 'lacks "config"'),
-        "no JSON": (noted(config="{"), "is not JSON"),
-        "a list": (noted(config="[1]"), "no usable config"),
-        "text": (noted(config='"n_embd"'), "no usable config"),
-        "null": (noted(config="null"), "no usable config"),
-        "nested": (noted(config="[" * DEEP), "nested too deeply"),
-        "a key twice": (noted(config='{"n_embd": 8, "n_embd": 8}'), "twice"),
-        "an unknown key": (config(n_heads=2), "no usable config"),
-        "a size of 0": (config(n_head=0), "n_head is 0"),
-        "a size of text": (config(n_embd="8"), "n_embd is '8'"),
-        "a size with a point": (config(n_embd=8.0), "n_embd is 8.0"),
-        "a size below 0": (config(n_layer=-1), "n_layer is -1"),
-        "a size of 4,000 digits": (noted(config='{"n_embd": ' + LONG + "}"), "n_embd|too long"),
-        "control codes": (config(n_embd="\x1b[2J"), "n_embd is"),
-        "dropout of text": (config(dropout="0"), "no usable config"),
-        "dropout of 2": (config(dropout=2), "dropout is 2"),
-        "NaN": (config(dropout=float("nan")), "NaN"),
-        "heads that do not fit": (config(n_head=3), "not a multiple"),
-        "a billion layers": (config(n_layer=huge), "1,000,000,000 layers"),
-        "two layers": (config(n_layer=2), "is missing", "blocks.1.norm1.g"),
-        "a width of a billion": (config(n_embd=2 * huge), "expected", "tokens"),
-        "a billion positions": (config(n_positions=huge), "expected", "positions"),
-        "a billion tokens": (config(vocab_size=huge), "expected", "tokens"),
-        "the default sizes": (noted(config="{}"), "expected", "tokens"),
-    }
-    seeds = {f"config: {name}": Seed(*seed) for name, seed in seeds.items()}
-    for name in ("", "pt", "minilora model 2", "minilora adapter 2", "MINILORA MODEL 1", "x" * 10_000):
-        seeds[f"format: {name[:20]}"] = Seed(noted(format=name), "is no model")
-    seeds["without format"] = Seed(noted(format=None), "is no model")
-    seeds["without checksum"] = Seed(
-        lambda path: write(path, without_checksum(read(path)[0]), read(path)[1]), f'lacks "{DIGEST}"'
-    )
-    return seeds
+def number_cases(name):
+    """A number that is none at the end of the tensor ``name``, in each dtype, and one that is too large."""
+
+    def ended(value, dtype):
+        return array(name, lambda a: np.append(a.ravel()[:-1], value).astype(dtype).reshape(a.shape))
+
+    for value, bits in ((np.nan, 0x7FC0), (np.inf, 0x7F80), (-np.inf, 0xFF80)):
+        yield f"{value} in BF16", bfloat16(name, bits), "NaN or an infinity", name
+        for dtype in (np.float64, np.float32, np.float16):
+            yield f"{value} in {dtype.__name__}", ended(value, dtype), "NaN or an infinity", name
+    yield "1e300", ended(1e300, np.float64), "too large for float32", name
 
 
-def without_checksum(header):
-    return header | {"__metadata__": {k: v for k, v in header["__metadata__"].items() if k != DIGEST}}
+def vera_cases():
+    """For a file of minilora with VeRA (r 2) in blocks.0.q (d_out 8) and blocks.0.up (d_out 32)."""
+    for part in WRONG_PARTS:
+        yield f"part {part!a}", parted(part), "the part of the layer", None
+    yield "part: rows that the file does not have", parted({"B": [40, 48]}), "expected", "shared.B"
+    yield "part: of 2^31 rows", parted({"B": [2**31 - 9, 2**31 - 1]}), "expected", "shared.B"
+    yield "r of a billion", options(r=10**9), "expected", D
+    yield "r of 10^18", options(r=10**18), "below 2³²", None
+    for r in (3, 10**9):
+        spoil = layers(lambda found, r=r: found["blocks.0.up"]["options"].update(r=r))
+        yield f"one layer's r {r}", spoil, "share", None
+    for key, value in [("d_initial", 0), *(("projection_prng_key", k) for k in (-1, 2**32, 10**30, "0"))]:
+        yield f"{key} {value}", options(**{key: value}), key + "|at least 0|above 0", None
 
 
-def vera_seeds() -> dict[str, Seed]:
-    """Seeds for a file of minilora with VeRA (r 2) in blocks.0.q (d_out 8) and blocks.0.up (d_out 32), by name."""
-    seeds = {f"part: {name}": Seed(parted(part), PART) for name, part in PARTS.items()}
+# -------------------------------------------------------------------------------------- checkpoints and base models
 
-    def uneven(layers, r):
-        layers["blocks.0.up"]["options"]["r"] = r
-
-    d = "blocks.0.q.arrays.d"
-    return seeds | {
-        "part: rows that the file does not have": Seed(parted({"B": [40, 48]}), "expected", "shared.B"),
-        "part: of 2^31 rows": Seed(parted({"B": [2**31 - 9, 2**31 - 1]}), "expected", "shared.B"),
-        "VeRA: r of a billion": Seed(options(r=10**9), "expected", d),
-        "VeRA: r of 10^18": Seed(options(r=10**18), "below 2³²"),
-        "VeRA: r of 10^100": Seed(options(r=10**100), "below 2³²"),
-        "VeRA: r of 3": Seed(options(r=3), "expected", d),
-        "VeRA: the last layer's r a billion": Seed(described(lambda layers: uneven(layers, 10**9)), "share"),
-        "VeRA: the last layer's r 3": Seed(described(lambda layers: uneven(layers, 3)), "share"),
-        "VeRA: d_initial of 0": Seed(options(d_initial=0), "above 0"),
-        "VeRA: a key of -1": Seed(options(projection_prng_key=-1), "at least 0"),
-        "VeRA: a key of 2^32": Seed(options(projection_prng_key=2**32), "projection_prng_key"),
-        "VeRA: a key of 10^30": Seed(options(projection_prng_key=10**30), "projection_prng_key"),
-        "VeRA: a key that is text": Seed(options(projection_prng_key="0"), "projection_prng_key"),
-    }
+WRONG_RANDOM = [
+    {}, {"bit_generator": "MT19937"}, {"bit_generator": "os.system"}, {"state": {}}, {"state": None},
+    {"state": {"state": "1", "inc": "1"}}, {"state": {"state": -1, "inc": 1}}, {"state": {"state": 2**128, "inc": 1}},
+    {"has_uint32": 2**64}, {"uinteger": "1"},
+]  # fmt: skip
 
 
-# -------------------------------------------------------------------------------- every byte
+def checkpoint_cases():
+    for wrong in WRONG_RANDOM:
+        spoil = json_noted("random", lambda found, wrong=wrong: found | wrong if wrong else wrong)
+        yield f"random {wrong!r:.50}", spoil, "random", None
+    for text in ("null", "[]", "[2, 4]", "[-1, 4, 8]", "[2.0, 4, 8]", "[true, 4, 8]", "{}", "x"):
+        yield f"counts {text}", noted(counts=text), "counts", None
+    for text in ("[1000000000, 4, 8]", "[0, 4, 8]"):
+        yield f"counts {text}", noted(counts=text), "expected", "history.loss"
+    for text in ("null", "[]", '"lora"', "{", "[" * 100_000):
+        yield f"settings {text:.20}", noted(settings=text), "settings", None
+    yield "an adapter", noted(format="minilora adapter 2"), "no training checkpoint", None
+    for key in ("settings", "random", "counts"):
+        yield f"without {key}", noted(**{key: GONE}), "lacks", None
+    for name in ("optimizer.m", "optimizer.v", "optimizer.t", "history.loss", "history.seconds", A):
+        yield f"without {name}", array(name, lambda a: None), "missing", name
+    yield "a longer momentum", array("optimizer.m", lambda a: np.append(a, a[:1])), "expected", "optimizer.m"
+    for name, value, rule in [
+        ("optimizer.t", 1.5, "steps"), ("optimizer.t", 1e300, "steps"), ("optimizer.t", -1.0, "steps"),
+        ("optimizer.v", -1.0, "below 0"), ("optimizer.m", np.nan, "NaN"),
+    ]:  # fmt: skip
+        yield f"{name} {value}", array(name, lambda a, value=value: np.full_like(a, value)), rule, name
 
 
-def cuts(good: bytes) -> dict[str, bytes]:
+def run_cases():
+    """For the checkpoint of a run: its settings, which are read before anything else of the run."""
+
+    def setting(**changes):
+        return json_noted("settings", lambda found: found | changes)
+
+    yield "no settings", noted(settings="{}"), "setting", None
+    for key, value in [
+        ("steps", "4"), ("steps", -1), ("options", []), ("options", {"name": "dora"}),
+        ("options", {"r": -1, "alpha": 1.0}), ("method", "../lora"), ("lr", "0.1"), (CLEAR, 1), ("run", "touch killed"),
+    ]:  # fmt: skip
+        yield f"settings {key!a:.20} {value!r}", setting(**{key: value}), "setting|option|steps|at least|method", None
+
+
+def model_cases():
+    """For the file of a model of the sizes TINY."""
+
+    def config(**sizes):
+        return json_noted("config", lambda found: {k: v for k, v in (found | sizes).items() if v is not GONE})
+
+    deep, long = "[" * DEEP, json.dumps({"n_embd": LONG})
+    for text in ("{", "[1]", '"n_embd"', "null", deep, long, '{"n_embd": 8, "n_embd": 8}'):
+        yield f"config {text:.30}", noted(config=text), "config|n_embd|expected", None
+    for key, value in [
+        ("n_heads", 2), ("n_head", 0), ("n_embd", "8"), ("n_embd", 8.0), ("n_layer", -1), ("n_embd", CLEAR),
+        ("dropout", "0"), ("dropout", 2), ("dropout", math.nan), ("n_head", 3), ("n_layer", 10**9),
+    ]:  # fmt: skip
+        yield f"config {key} {value!r}", config(**{key: value}), "config|is|multiple|layers", None
+    yield "two layers", config(n_layer=2), "is missing", "blocks.1.norm1.g"
+    for key, tensor in [("n_embd", "tokens"), ("n_positions", "positions"), ("vocab_size", "tokens")]:
+        yield f"{key} of two billion", config(**{key: 2 * 10**9}), "expected", tensor
+    yield "the default sizes", noted(config="{}"), "expected", "tokens"
+    for form in (GONE, "", "pt", "minilora model 2", "minilora adapter 2", "x" * 10_000):
+        yield f"format {form!r:.20}", noted(format=form), "no model", None
+    yield from number_cases("positions")
+
+
+# ------------------------------------------------------------------------------ the JSON files of PEFT and transformers
+
+WRONG_TEXTS = [
+    b"", b"{", b"\xef\xbb\xbf{}", "{}".encode("utf-16"), bytes(1000), KILLER, b"PK\3\4" + bytes(26), b"NaN", b"[]",
+    b"1", b"null", b'"LORA"', b"peft_type: LORA\nr: 2\n", b"{'r': __import__('os').system('touch killed')}",
+    b"[" * DEEP, b'{"r": ' + b"9" * DEEP + b"}", b'{"r": 1, "r": 1}', b"{" + b" " * 2_000_000 + b"}",
+]  # fmt: skip
+NO_SIZE = [None, 0, -1, True, "8", 2.0, math.nan, [2], {}, 2**31, LONG]
+NO_ALPHA = [None, 0, -1, True, "16", 1e308, LONG, math.inf, [], {}]
+NO_NAMES = [GONE, None, 1, True, {}, [1], [["q"]], {"q": 1}]
+PEFT_WRONG = {
+    "peft_type": [GONE, None, 1, [], {}, "", "lora", "PROMPT_TUNING", "os.system", "../LORA", CLEAR, "L" * 100_000],
+    "r": [GONE, *NO_SIZE],
+    "lora_alpha": [GONE, *NO_ALPHA],
+    "target_modules": NO_NAMES,
+    "exclude_modules": [1, True, [1]],
+    "layers_to_transform": ["0", -1, True, [True], 2**70],
+    "layers_pattern": [1, True, [1]],
+    "rank_pattern": [[], "q", *({"q": value} for value in (None, 0, "8", LONG))],
+    "alpha_pattern": [[], "q", *({"q": value} for value in (None, 0, "8", LONG))],
+    "use_dora": [None, 1, "true", []],
+    "use_rslora": [None, 1, "true", []],
+    "init_lora_weights": [None, 1, [], "loftq", "os.system", CLEAR],
+    "bias": [None, True, "", "all"],
+    **{key: [["q"]] for key in ("modules_to_save", "layer_replication", "target_parameters")},
+    **{key: [True] for key in ("lora_bias", "use_qalora", "use_bdlora", "run", "lora_alpah", CLEAR, "r" * 100_000)},
+}
+PEFT_VERA_WRONG = {
+    "d_initial": [None, 0, -1, True, "0.1", 1e308],
+    "projection_prng_key": [None, -1, True, 0.0, "0", 2**31, LONG],
+    "save_projection": [None, 0, "true"],
+}
+# What takes a backtracking matcher longer than anyone waits, on some name; and what is no expression at all.
+EXPRESSIONS = [
+    "(a+)+$", "([a-z.]+)*$", "(.*)*x", "(.|.)*x", "(a|aa)+$", "(x+x+)+y", "((.*)(.*))*x", "(.*.*.*)+x", "(?:.+)+x",
+    ".*" * 20 + "x", ".*?" * 20 + "x", ".+" * 12 + "x", r"[\w.]{0,20}" * 12 + "!", ".?" * 60 + "!", "(.?){60}!",
+    r"(.+)\1+x" * 8, "(" * 200 + ")" * 200 + "*", "(q|k|v|o){60}x", "(?:" * 5000, "(", "[", "*", "q)", "(?<q",
+    "(?(1)a|b", "q{99999999999999999999}", "\\", "[z-a]", "(?i)(a+)+$", "(?x: ( a + ) + ) $", "q" * 100_000,
+    "a|" * 100_000, "\0" * 2000, "(.*)*" * 200,
+]  # fmt: skip
+MISMATCHED = [  # good configurations, but not that of the tensors
+    {"r": 3}, {"r": 9}, {"r": 2**31 - 1}, {"rank_pattern": {"q": 3}}, {"target_modules": ["k"]}, {"target_modules": []},
+    {"target_modules": ["q", "k"]}, {"target_modules": "all-linear"}, {"target_modules": ["../../q"]},
+    {"use_dora": True}, {"exclude_modules": ["q"]}, {"layers_to_transform": [7]},
+    {"target_modules": [f"q{i}" for i in range(2000)]}, {"rank_pattern": {f"q{i}": 2 for i in range(2000)}},
+]  # fmt: skip
+GPT2_WRONG = {
+    "vocab_size": [None, 0, -1, "8", 2.0],
+    "n_positions": [True, 2**31],
+    "n_embd": [[8], math.nan],
+    "n_layer": NO_SIZE,
+    "n_head": [0, {}, LONG],
+    "model_type": [None, "llama", ["gpt2"], "os.system", CLEAR],
+    "activation_function": [None, "relu", "__import__('os')", 1],
+    "layer_norm_epsilon": [None, 1e-6, 0, "1e-5", True],
+    "scale_attn_weights": [None, False, 1],
+    "scale_attn_by_inverse_layer_idx": [None, True, 0],
+    "tie_word_embeddings": [None, False, 1],
+    "add_cross_attention": [None, True],
+    "n_inner": [0, 7, "32", True, 2**40],
+}
+OTHER_SIZES = [  # possible ones, but not those of the file: nothing may be allocated for them
+    {"vocab_size": 12}, {"vocab_size": 2**30}, {"n_positions": 3}, {"n_positions": 2**31 - 1}, {"n_embd": 16},
+    {"n_embd": 2**30}, {"n_layer": 2}, {"n_layer": 2**31 - 1}, {"n_head": 3}, {"n_head": 2**31 - 1},
+]  # fmt: skip
+INDEXES = [
+    {"wte.weight": name}
+    for name in ("../model.safetensors", "/etc/passwd", "/tmp/model.safetensors", "a/model.safetensors",
+                 "..\\model.safetensors", "pytorch_model.bin", "model\0.safetensors", "model.safetensors\n", CLEAR, 1,
+                 None, ["model.safetensors"])
+] + [{}, ["model.safetensors"], "model.safetensors"]  # fmt: skip
+
+
+def json_cases(wrong, others):
+    """For a JSON file: its text, ``wrong`` {key: values that it must not have}, and ``others``, which do not fit."""
+    for text in WRONG_TEXTS:
+        yield f"text {text!r:.30}", instead(text), "not JSON|not a map|holds NaN|nested|twice|larger", None
+    for name, (spoil, rule) in FILES.items():
+        yield name, spoil, rule, None
+    yield "a sparse file of a terabyte", lambda path: os.truncate(path, 1 << 40), "is larger than", None
+    for key, values in wrong.items():
+        for value in values:
+            text = "missing" if value is GONE else f"{value!a:.30}"
+            rule = rf"\b{re.escape(key)}\b|unknown key|holds -?(NaN|Inf)"
+            yield f"{key!a:.30} {text}", changed(**{key: value}), rule, None
+    for changes in others:
+        yield f"{changes!r:.60}", changed(**changes), ".", None
+
+
+def peft_config_cases():
+    yield from json_cases(PEFT_WRONG, MISMATCHED)
+    keys = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+    for i, expression in enumerate(EXPRESSIONS):
+        key = keys[i % len(keys)]
+        values = {key: {expression: 2} if key in ("rank_pattern", "alpha_pattern") else expression}
+        more = {"layers_to_transform": [0]} if key == "layers_pattern" else {}
+        yield f"{key} {expression!a:.30}", changed(**values, **more), ".", None
+
+
+def peft_vera_config_cases():
+    for key, values in PEFT_VERA_WRONG.items():
+        for value in values:
+            yield f"{key} {value!r:.20}", changed(**{key: value}), key, None
+    for r in (1, 3, 10**9, 2**31 - 1):
+        for saved in (True, False):
+            yield f"r of {r}, projections saved: {saved}", changed(r=r, save_projection=saved), ".", None
+
+
+def peft_cases():
+    yield "another configuration's tensors", notes(adapter_config_sha256="0" * 64), "another|replaced", None
+    yield "a pickle", only(PEFT_PICKLE, KILLER), "is a pickle, which can run any code", None
+    yield from number_cases(PEFT_A)
+
+
+def peft_vera_cases():
+    for name in ("base_model.vera_A", "base_model.vera_B"):
+        yield f"without {name}", array(name, lambda a: None), "is missing", name
+        yield f"less of {name}", array(name, lambda a: a[:1]), "expected", name
+        yield f"{name} turned", array(name, lambda a: a.T.copy()), "expected", name
+
+
+def gpt2_cases():
+    yield "a pickle", only(GPT2_PICKLE, KILLER), "is a pickle, which can run any code", None
+    for index in INDEXES:
+        spoil = only(GPT2_INDEX, json.dumps({"weight_map": index}).encode())
+        yield f"index {index!a}", spoil, "weight_map names", None
+    yield from number_cases(WPE)
+
+
+def gpt2_config_cases():
+    yield from json_cases(GPT2_WRONG, OTHER_SIZES)
+
+
+# ---------------------------------------------------------------------------------------------------- the loaders
+
+
+class Victim:
+    """All that a failed load could change."""
+
+    def __init__(self):
+        self.model, self.history, self.rng = base(), History(), np.random.default_rng(5)
+
+    def state(self):
+        arrays = {name: (p.requires_grad, p.data.tobytes()) for name, p in self.model.named_parameters()}
+        return arrays, self.history.__dict__ | {"loss": list(self.history.loss)}, self.rng.bit_generator.state
+
+
+def base() -> GPT:
+    return GPT(TINY, 1)
+
+
+def tuned(name, targets=("q",)):
+    """(model, optimizer, history, rng) of a short run in which every array has moved."""
+    model = adapt(base(), name, list(targets), verbose=False, **methods.known(name, r=2))
+    optimizer, history = AdamW(model.trainable(), lr=0.1), History()
+    train(model, optimizer, iter([(IDS, IDS[:, ::-1])] * 2), 2, history=history)
+    return model, optimizer, history, np.random.default_rng(3)
+
+
+def save(loader, folder):
+    """Write a folder that the loader ``loader`` of LOADERS reads."""
+    name = "vera" if "VeRA" in loader else "lora"
+    model, optimizer, history, rng = tuned(name, ("q", "up") if name == "vera" else ("q",))
+    if loader.startswith("PEFT"):
+        save_peft(folder, model, names="minilora")
+        without = edited(lambda header, name, data: header.update(__metadata__={"format": "pt"}))
+        without(folder / WEIGHTS)  # the checksum of the configuration, which PEFT does not write
+    elif loader.startswith("GPT-2"):
+        save_gpt2(folder, base())
+        in_front(folder / GPT2_FILE, WPE)
+    elif loader == "run":
+        inputs = folder.with_name("inputs")
+        inputs.mkdir()
+        tiny, text = make_inputs(inputs, width=8)
+        command = ["train", "lora", "--base", tiny, "--data", text, "--out", folder, "--steps", 1, "--batch", 2]
+        assert main([str(word) for word in command]) == 0
+    else:
+        folder.mkdir()
+        if loader == "model":
+            save_model(folder / "file", base())
+            in_front(folder / "file", "positions")
+        elif loader == "checkpoint":
+            save_training(folder / "file", model, fingerprint(base()), optimizer, history, rng, {"steps": 2})
+            in_front(folder / "file", A)
+        else:
+            save_adapter(folder / "file", model, fingerprint(base()))
+
+
+def load(loader, folder, victim):
+    """Load the folder as the loader ``loader`` of LOADERS does, into ``victim`` where it loads into something."""
+    if loader.startswith("PEFT"):
+        load_peft(folder, victim.model)
+    elif loader.startswith("GPT-2"):
+        load_gpt2(folder)
+    elif loader == "run":
+        finetune.resume(folder, progress=False)
+    elif loader == "model":
+        load_model(folder / "file")
+    elif loader == "checkpoint":
+        file, _ = open_training(folder / "file")
+        load_training(file, victim.model, lambda parameters: AdamW(parameters, lr=0.1), victim.history, victim.rng)
+    else:
+        load_adapter(folder / "file", victim.model)
+
+
+LOADERS = {  # name: (its cases, the file that they spoil, others that the error may name, the error)
+    "adapter": (adapter_cases, "file", (), AdapterFormatError),
+    "VeRA": (vera_cases, "file", (), AdapterFormatError),
+    "checkpoint": (checkpoint_cases, "file", (), AdapterFormatError),
+    "run": (run_cases, finetune.CHECKPOINT, (), AdapterFormatError),
+    "model": (model_cases, "file", (), FormatError),
+    "PEFT": (peft_cases, WEIGHTS, (PEFT_PICKLE,), AdapterFormatError),
+    "PEFT, VeRA": (peft_vera_cases, WEIGHTS, (), AdapterFormatError),
+    "PEFT's configuration": (peft_config_cases, CONFIG, (WEIGHTS,), AdapterFormatError),
+    "PEFT's configuration, VeRA": (peft_vera_config_cases, CONFIG, (WEIGHTS,), AdapterFormatError),
+    "GPT-2": (gpt2_cases, GPT2_FILE, (GPT2_INDEX, GPT2_PICKLE), FormatError),
+    "GPT-2's configuration": (gpt2_config_cases, "config.json", (GPT2_FILE,), FormatError),
+}
+FORMAT_LOADERS = ("adapter", "checkpoint", "model", "PEFT", "GPT-2")  # of a safetensors file, each with its own errors
+
+
+def table(every_loader=False) -> dict:
+    """{name: (loader, spoil, rule, tensor)}: a case of the format is for one loader in turn, or for all of them."""
+    found = {f"{loader}: {name}": (loader, *case) for loader, (cases, *_) in LOADERS.items() for name, *case in cases()}
+    for i, (name, *case) in enumerate(format_cases()):
+        for loader in FORMAT_LOADERS if every_loader else [FORMAT_LOADERS[i % len(FORMAT_LOADERS)]]:
+            found[f"{loader}: format: {name}"] = (loader, *case)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ every byte
+
+
+def cuts(good: bytes) -> list[bytes]:
     """Every length that the file could have been cut to up to the arrays, and every eighth byte of these."""
     end = 8 + int.from_bytes(good[:8], "little")
-    return {f"cut to {n} bytes": good[:n] for n in [*range(end + 1), *range(end, len(good), 8), len(good) - 1]}
+    return [good[:n] for n in [*range(end + 1), *range(end, len(good), 8), len(good) - 1]]
 
 
-def flips(good: bytes) -> dict[str, bytes]:
+def flips(good: bytes) -> list[bytes]:
     """Each bit of each byte of the length and the header, turned, and all; one bit of each byte of the arrays."""
     end = 8 + int.from_bytes(good[:8], "little")
     masks = [(at, mask) for at in range(end) for mask in (1, 2, 4, 8, 16, 32, 64, 128, 255)]
     masks += [(at, 1 << at % 8) for at in range(end, len(good))]
-    return {f"byte {at} ^ {mask:#x}": good[:at] + bytes([good[at] ^ mask]) + good[at + 1 :] for at, mask in masks}
-
-
-def remove(path):
-    """Take away whatever lies at ``path``."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    return [good[:at] + bytes([good[at] ^ mask]) + good[at + 1 :] for at, mask in masks]

@@ -159,7 +159,7 @@ def read_config(path, text: bytes, own: dict[str, list[type]]) -> dict:
         raise AdapterFormatError(path, "the configuration is not a map")
     kind = found.get("peft_type")
     if not is_text(kind) or kind not in own:
-        raise AdapterFormatError(path, f"peft_type is {shown_json(kind)}; supported: {', '.join(own)}")
+        raise AdapterFormatError(path, f"peft_type is {shown_json(kind)}; supported: {', '.join(sorted(own))}")
     known = rules(own[kind])
     ignored = IGNORED.union(*(method.peft_ignored for method in own[kind]))
     for key, value in found.items():

@@ -1,8 +1,10 @@
-"""Bytes on a disk: saves that are never half done, and safetensors files of which nothing is believed unchecked.
+"""Safetensors files, read with suspicion: nothing in a file is believed before it has been checked.
 
-Weights are hours of work, and a file from elsewhere may be damaged or made to do harm; both are met here, once.
+A file from elsewhere may be damaged or made to do harm. The safetensors library checks the format; this module checks
+the rest: a header of bounded size without duplicate names, the tensors that a model expects, finite values, a checksum.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -16,21 +18,22 @@ from ..errors import FormatError, nearest, shown
 from ..gpt import GPT
 from .saving import write_atomically
 
-HEADER_BYTES, TENSORS = 1 << 20, 10_000  # caps on a file's header; GPT-2 XL has 580 tensors and needs 60 KB
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the dtypes that weights have
-MASK_BYTES = {"BOOL": 1, "U8": 1}  # and those that only a tensor which is not read may have
+HEADER_BYTES = 1 << 20  # a header of 100 MB would take 1 GB of memory to read; GPT-2 XL's 580 tensors need 60 KB
+DTYPES = ("F64", "F32", "F16", "BF16")  # what a tensor that is read may be; BF16 becomes float32
+INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")  # what a method's buffer of indices or codes may be
 DIGEST = "sha256"  # the metadata's key for the checksum
+LIBRARY = "Error while deserializing header: "  # how the library begins its errors
 
 
 def parse_json(text: bytes | str, path, what: str, error=FormatError):
-    """The JSON in ``text`` as plain data. Raises ``error`` for text that is no strict JSON, and for a key twice."""
+    """The JSON in ``text`` as plain data. Raises ``error`` unless it is strict JSON, in UTF-8, with no key twice."""
 
     def no_duplicates(pairs):
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            seen = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise error(path, f"the {what} has the key {shown(twice)} twice")
+        found = {}
+        for key, value in pairs:
+            if key in found:
+                raise error(path, f"the {what} has the key {shown(key)} twice")
+            found[key] = value
         return found
 
     def no_constant(name):
@@ -41,14 +44,10 @@ def parse_json(text: bytes | str, path, what: str, error=FormatError):
         return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant)
     except FormatError:
         raise
-    except UnicodeDecodeError as problem:
-        raise error(path, f"the {what} is not UTF-8 (byte {problem.start})") from None
-    except json.JSONDecodeError as problem:
-        raise error(path, f"the {what} is not JSON ({problem})") from None
     except RecursionError:
         raise error(path, f"the {what} is nested too deeply") from None
-    except ValueError:  # an integer of thousands of digits
-        raise error(path, f"the {what} holds a number that is too long") from None
+    except ValueError as problem:  # also text that is not UTF-8, and an integer of thousands of digits
+        raise error(path, f"the {what} is not JSON ({problem})") from None
 
 
 def read_bytes(path, most: int, what: str, error=FormatError) -> bytes:
@@ -64,6 +63,7 @@ def read_bytes(path, most: int, what: str, error=FormatError) -> bytes:
 
 
 def open_regular(path, what: str, error=FormatError):
+    """Open a regular file to read; a pipe is refused instead of waited for."""
     try:
         file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
@@ -77,123 +77,92 @@ def open_regular(path, what: str, error=FormatError):
 
 
 class TensorFile:
-    """A safetensors file whose header has been checked, and whose arrays are read one by one after check().
+    """A safetensors file that is known to be well-formed; its arrays are read later, after check().
 
-    ``metadata``: {str: str}; ``tensors``: {name: (dtype, shape, offset in the file)}. Raises ``error``, a FormatError,
-    that names file, tensor and rule, for anything that the format does not allow, a header above 1 MiB or more than
-    10,000 tensors, before any array is read: https://github.com/huggingface/safetensors, section "Format". ``unread``:
-    a function of a name that is true of tensors to pass over; they must lie in the file as the format says, and are not
-    in ``tensors``.
+    ``metadata``: {str: str}; ``tensors``: {name: (dtype, shape)}. Raises ``error``, a FormatError that names the file
+    and the rule, if the library refuses the file (an invalid header, a tensor whose bytes do not fit its shape and
+    dtype, bytes that overlap or belong to no tensor), if the header is larger than 1 MiB, or has a name twice.
+    ``unread``: a function of a name that is true for tensors to pass over; they are not in ``tensors``.
     """
 
     def __init__(self, path, what="a safetensors file", error=FormatError, unread=lambda name: False):
-        self.path, self.what, self.error, self.unread = Path(path), what, error, unread
+        self.path, self.what, self.error = Path(path), what, error
         try:
-            with open_regular(path, what, error) as file:
-                size = os.fstat(file.fileno()).st_size
-                header = self.read_header(file, size)
+            self.header = self.read_header()
         except OSError as problem:
-            raise error(path, f"cannot be read: {problem.strerror}") from None
-        entries = parse_json(header, path, "header", error)
-        self.metadata = self.check_metadata(entries.pop("__metadata__", {}))
-        if len(entries) > TENSORS:
-            raise error(path, f"the header names {len(entries):,} tensors; at most {TENSORS:,} are read")
-        self.start = 8 + len(header)
-        self.tensors = {name: self.check_entry(name, entry) for name, entry in entries.items()}
-        self.check_layout(size - self.start)
-        self.tensors = {name: entry for name, entry in self.tensors.items() if not unread(name)}
+            self.fail(f"cannot be read: {problem.strerror}")
+        with self.open() as file:
+            self.metadata = file.metadata() or {}
+            slices = {name: file.get_slice(name) for name in file.keys() if not unread(name)}  # noqa: SIM118
+            self.tensors = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
 
     def fail(self, rule, tensor=None):
         raise self.error(self.path, rule, tensor)
 
-    def read_header(self, file, size) -> bytes:
-        first = file.read(8)
-        if len(first) < 8:
-            self.fail(f"is not {self.what}: it has {size} bytes, and the length of the header alone takes 8")
-        length = int.from_bytes(first, "little")
-        if length > size - 8:
-            self.fail(f"is not {self.what}: a header of {length:,} bytes is announced, and {size - 8:,} bytes follow")
-        if length > HEADER_BYTES:
-            self.fail(f"the header has {length:,} bytes; at most {HEADER_BYTES:,} are read")
-        header = file.read(length)
-        if header[:1] != b"{":
-            self.fail(f"is not {self.what}: the header is no JSON object")
+    def read_header(self) -> dict:
+        """The header as JSON. The library reads one of any size, and of a name that occurs twice the last entry."""
+        with open_regular(self.path, self.what, self.error) as file:
+            length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+            if size < 8 + length:
+                self.fail(
+                    f"is not {self.what}, or truncated: the header claims {8 + length:,} bytes, the file has {size:,}"
+                )
+            if length > HEADER_BYTES:
+                self.fail(f"the header has {length:,} bytes; at most {HEADER_BYTES:,} are read")
+            header = parse_json(file.read(length), self.path, "header", self.error)
+        self.start = 8 + length
+        if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+            self.fail(f"is not {self.what}: the header is not a map of maps")
         return header
 
-    def check_metadata(self, metadata) -> dict:
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            self.fail("__metadata__ is not a map of text to text")
-        return metadata
+    @contextlib.contextmanager
+    def open(self):
+        """The file, opened by the library, which checks the format; its errors become FormatErrors."""
+        from safetensors import SafetensorError, safe_open
 
-    def check_entry(self, name, entry):
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            self.fail("its entry has not exactly dtype, shape and data_offsets", name)
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        item_bytes = ITEM_BYTES | (MASK_BYTES if self.unread(name) else {})
-        if not isinstance(dtype, str) or dtype not in item_bytes:
-            found = shown(dtype) if isinstance(dtype, str) else f"no text but {type(dtype).__name__}"
-            self.fail(f"its dtype is {found}; weights are one of {', '.join(item_bytes)}", name)
-        for what, numbers in (("shape", shape), ("data_offsets", offsets)):
-            if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-                self.fail(f"its {what} is not a list of integers of at least 0 and below 2⁶³", name)
-        if len(shape) > 8 or 0 in shape or len(offsets) != 2:
-            self.fail("its shape has more than 8 dimensions or one of 0, or data_offsets are not two", name)
-        begin, end = offsets
-        if end - begin != math.prod(shape) * item_bytes[dtype]:
-            self.fail(f"its {end - begin:,} bytes are not what {dtype}{shown_shape(shape)} takes", name)
-        return dtype, tuple(shape), self.start + begin
+        try:
+            with safe_open(self.path, framework="numpy") as file:
+                yield file
+        except OSError as problem:
+            self.fail(f"cannot be read: {problem.strerror or problem}")
+        except SafetensorError as problem:
+            self.fail(f"is not {self.what}, or damaged or truncated: {str(problem).removeprefix(LIBRARY)}")
 
-    def check_layout(self, size) -> None:
-        """The arrays lie one behind the other and fill the file: no hole that hides bytes, none that two share."""
-        position = 0
-        order = sorted(self.tensors, key=lambda name: (self.tensors[name][2], self.nbytes(name)))
-        for name in order:
-            begin = self.tensors[name][2] - self.start
-            if begin != position:
-                what = "leaves a hole behind" if begin > position else "overlaps"
-                self.fail(
-                    f"it begins at byte {begin:,} and {what} the tensor before it, which ends at {position:,}", name
-                )
-            position += self.nbytes(name)
-        if position != size:
-            self.fail(f"the tensors take {position:,} bytes, and the file has {size:,} for them")
+    def check(self, shapes: dict, integers=()) -> None:
+        """Hold the file to ``shapes`` {name: shape}: those tensors and no others. No array has been read by then.
 
-    def nbytes(self, name) -> int:
-        dtype, shape, _ = self.tensors[name]
-        return math.prod(shape) * (ITEM_BYTES | MASK_BYTES)[dtype]
-
-    def check(self, shapes: dict) -> None:
-        """Hold the file to ``shapes`` {name: shape}: those tensors and no others. Nothing has been read by then."""
+        ``integers``: the names of the tensors that hold integers.
+        """
         for name in self.tensors:
             if name not in shapes:
                 self.fail(f"belongs to nothing in this model{nearest(name, shapes.keys() - self.tensors.keys())}", name)
         for name, shape in shapes.items():
             if name not in self.tensors:
                 self.fail(f"is missing; the file has {len(self.tensors)} tensors{nearest(name, self.tensors)}", name)
-            dtype, found, _ = self.tensors[name]
+            dtype, found = self.tensors[name]
+            kind, allowed = ("integers", INTEGERS) if name in integers else ("weights", DTYPES)
+            if dtype not in allowed:
+                self.fail(f"its dtype is {shown(dtype)}; {kind} are one of {', '.join(allowed)}", name)
             if found != tuple(shape):
                 self.fail(f"is {dtype}{shown_shape(found)}; expected {shown_shape(shape)}", name)
 
     def read(self) -> dict:
-        """The arrays by name; BF16 as float32. Raises for one that is not finite, or not what was written."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.path, framework="numpy") as file:
-                get = lambda name: self.bfloat16(name) if self.tensors[name][0] == "BF16" else file.get_tensor(name)
-                arrays = {name: get(name) for name in self.tensors}
-        except (SafetensorError, OSError) as problem:
-            self.fail(f"is not {self.what}: {problem}")
+        """The arrays by name; BF16 as float32. Raises unless all are finite and as they were written."""
+        with self.open() as file:
+            arrays = {
+                name: self.bfloat16(name) if dtype == "BF16" else file.get_tensor(name)
+                for name, (dtype, _) in self.tensors.items()
+            }
         for name, array in arrays.items():
             if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
                 self.fail("holds NaN or an infinity", name)
         if DIGEST in self.metadata and self.metadata[DIGEST] != digest(arrays, self.metadata):
-            self.fail("is damaged: its arrays and description have not the checksum that was written with them")
+            self.fail("is damaged: its checksum is not that of its arrays and description")
         return arrays
 
     def bfloat16(self, name):
         """BF16 is the upper half of a float32; NumPy has no such dtype."""
-        _, shape, offset = self.tensors[name]
+        shape, offset = self.tensors[name][1], self.start + self.header[name]["data_offsets"][0]
         half = np.fromfile(self.path, "<u2", math.prod(shape), offset=offset)
         return (half.astype(np.uint32) << 16).view(np.float32).reshape(shape)
 
@@ -204,15 +173,15 @@ def write_tensors(path, arrays: dict, metadata: dict) -> None:
 
 
 def tensor_bytes(arrays: dict, metadata: dict) -> bytes:
-    """What write_tensors() writes."""
+    """The bytes that write_tensors() writes."""
     from safetensors.numpy import save
 
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     return save(arrays, metadata | {DIGEST: digest(arrays, metadata)})
 
 
 def digest(arrays: dict, metadata: dict) -> str:
-    """SHA-256 of arrays and metadata, itself left out."""
+    """SHA-256 of the arrays and of the metadata without the checksum itself."""
     total = hashlib.sha256(json.dumps(sorted((k, v) for k, v in metadata.items() if k != DIGEST)).encode())
     for name in sorted(arrays):
         total.update(f"{name} {arrays[name].dtype} {arrays[name].shape} ".encode() + arrays[name].tobytes())
@@ -224,24 +193,26 @@ def shown_shape(shape) -> str:
 
 
 def require(file: TensorFile, what: str, *keys) -> None:
-    """Refuse a file whose description of ``what`` has not all ``keys``."""
+    """Refuse a file whose description of ``what`` lacks one of ``keys``."""
     for key in keys:
         if key not in file.metadata:
             file.fail(f'the description of the {what} lacks "{key}"')
 
 
 def described(file: TensorFile, key: str):
+    """The JSON that the metadata holds under ``key``, as plain data."""
     return parse_json(file.metadata[key], file.path, key, file.error)
 
 
-def read_arrays(file: TensorFile, model: GPT, shapes: dict, records: dict | None = None) -> dict:
-    """The arrays {name: shape} of ``file``, all that it has: ``shapes`` in the model's dtype, ``records`` in theirs.
+def read_arrays(file: TensorFile, model: GPT, shapes: dict, records: dict | None = None, integers=frozenset()) -> dict:
+    """The arrays of ``file``: ``shapes`` {name: shape} in the dtype of ``model``, ``records`` in their own, no others.
 
-    Nothing is read before the shapes are right. A number of a wider dtype may be too large for the model's.
+    Those of ``shapes`` that are in ``integers`` hold integers, in a dtype of their own. The shapes are compared before
+    anything is read. Raises for a value that is too large for the model's dtype.
     """
-    file.check(shapes | (records or {}))
+    file.check(shapes | (records or {}), integers)
     arrays, dtype = file.read(), next(p for _, p in model.named_parameters()).dtype
-    for name in shapes:
+    for name in shapes.keys() - integers:
         with np.errstate(over="ignore"):
             arrays[name] = arrays[name].astype(dtype, copy=False)
         if not np.isfinite(arrays[name]).all():

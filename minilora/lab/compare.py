@@ -17,19 +17,9 @@ from ..files.saving import writable_folder, write_atomically
 from ..plots import png
 from ..surgery import count_parameters, plan
 from . import figures
-from .results import markdown
 from .settings import Comparison
-from .task import (
-    GLANCE,
-    PASSAGES,
-    PROMPT,
-    Task,
-    learning_rate,
-    recorded_rates,
-    side_by_side,
-    tune,
-    write_sample,
-)
+from .tables import markdown
+from .task import GLANCE, PASSAGES, PROMPT, Task, learning_rate, recorded_rates, side_by_side, tune, write_sample
 
 ROW_KEYS = [
     *("method", "trainable", "trainable_percent", "loss_b_before", "loss_b_after", "loss_a_before", "loss_a_after"),
@@ -48,12 +38,8 @@ def compare(settings: Comparison, out="compare", progress=None, report=print) ->
         raise InputError(f"compare: no method was named; there are {', '.join(methods.names())}")
     given = {name: value for name in ("r", "alpha") if (value := getattr(settings, name)) is not None}
     chosen = {name: methods.create(name, **methods.known(name, **given)) for name in names}
-    task, steps, seed, workers = (
-        Task(settings.base, settings.device),
-        settings.steps,
-        settings.seed,
-        settings.processes(),
-    )
+    task, workers = Task(settings.base, settings.device), settings.processes()
+    steps, batch, seed = settings.steps, settings.batch, settings.seed
     for method in chosen.values():
         plan(task.model, method)
     folder = writable_folder(out)
@@ -63,7 +49,7 @@ def compare(settings: Comparison, out="compare", progress=None, report=print) ->
     samples, rows, curves = {"before": write_sample(task.model, task.tokenizer, seed)}, [], {}
     report(f"Base model: {loss_b:.3f} on the Folio, {loss_a:.3f} on modern spelling, nats per character.")
     for name, method in chosen.items():
-        model, history, curves[name] = tune(task, method, steps, rates[name], settings.batch, seed, progress, workers)
+        model, history, curves[name] = tune(task, method, steps, rates[name], batch, seed, progress, workers)
         trainable, total = count_parameters(model)
         after_a, after_b = task.losses(model)
         samples[name] = write_sample(model, task.tokenizer, seed)
@@ -74,7 +60,7 @@ def compare(settings: Comparison, out="compare", progress=None, report=print) ->
 
     recorded = {
         "options": {name: asdict(method) for name, method in chosen.items()},
-        "batch": settings.batch,
+        "batch": batch,
         "context": task.model.config.n_positions,
         "device": settings.device,
         "workers": workers,

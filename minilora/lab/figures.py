@@ -59,7 +59,7 @@ def _learning_against_forgetting(axes, rows):
     for i, point in enumerate(zip(learnt, forgot, strict=True)):
         axes.plot(*point, linestyle="", color=look(i)["color"], zorder=3, **_mark(i))
     axes.set(xlim=_limits(learnt), ylim=_limits(forgot))
-    _names_beside(axes, [row["method"] for row in rows], learnt, forgot)
+    _names_at_the_edge(axes, [row["method"] for row in rows], learnt, forgot)
     axes.set(title="Learning against forgetting",
              xlabel=f"loss on the Folio (left is better)\nbefore tuning: {rows[0]['loss_b_before']:.3f}",
              ylabel=f"loss on modern text (down is better)\nbefore tuning: {rows[0]['loss_a_before']:.3f}")  # fmt: skip
@@ -72,7 +72,7 @@ def _limits(values, margin=0.07):
     return low - wider, high + wider
 
 
-def _names_beside(axes, names, x, y, gap=0.062):
+def _names_at_the_edge(axes, names, x, y, gap=0.062):
     """The names at the right edge, as high as their points or, at least ``gap`` apart, near it; a line leads to each.
 
     The limits of ``axes`` have to be set; heights and ``gap`` are fractions of it.
@@ -156,14 +156,21 @@ def sweep(rows):
 
 
 def _sweep_panels(found) -> dict:
-    """{title: {method: curve}}, by rank and alpha; None, which stands for "has none", goes with every value."""
-    goes_with = lambda a, b: all(x is None or x == y for x, y in zip(a, b, strict=True))
+    """{title: {method: curve}}, by rank and alpha; None, for a method without that option, goes with every value."""
     settings = list(dict.fromkeys(of[1:] for of in found))
-    settings = [s for s in settings if not any(s != other and goes_with(s, other) for other in settings)]
+    settings = [s for s in settings if not any(s != other and _goes_with(s, other) for other in settings)]
     if len(settings) == 1:
         return {of[0]: {of[0]: curve} for of, curve in found.items()}
-    title = lambda s: ", ".join(f"{k} = {v:g}" for k, v in zip(("r", "alpha"), s, strict=True) if v is not None)
-    return {title(s): {of[0]: c for of, c in found.items() if goes_with(of[1:], s)} for s in settings}
+    return {_title(s): {of[0]: c for of, c in found.items() if _goes_with(of[1:], s)} for s in settings}
+
+
+def _goes_with(given, setting) -> bool:
+    return all(value is None or value == other for value, other in zip(given, setting, strict=True))
+
+
+def _title(setting) -> str:
+    given = zip(("r", "alpha"), setting, strict=True)
+    return ", ".join(f"{name} = {value:g}" for name, value in given if value is not None)
 
 
 def _rate_curve(axes, curve, top, label=None, **style):

@@ -9,6 +9,7 @@ from statistics import fmean, median, stdev
 from .. import methods
 from ..errors import InputError, TrainingStopped
 from ..files.saving import write_atomically
+from . import tables
 
 MARK = b'{"minilora_sweep": 1, '  # every line starts with it, so that half a line is known for ours as well
 
@@ -81,7 +82,7 @@ def table(lines) -> str:
         rows.append([name, str(r or ""), str(alpha or ""), f"{rate:g}", mean, *neighbours, *counts])
     errors = [line["error"] for line in lines if failed_otherwise(line)]
     text = [f"{len(errors)} failed otherwise ({e['type']}: {e['message']}): --retry-failed" for e in errors[:1]]
-    return "\n".join([aligned(head, rows), *text])
+    return "\n".join([tables.table(head, rows), *text])
 
 
 def _mean(losses) -> str:
@@ -90,27 +91,6 @@ def _mean(losses) -> str:
 
 def _neighbour(curve, rate) -> str:
     return "edge of grid" if rate is None else f"{_mean(curve[rate])} at {rate:g}"
-
-
-def aligned(head, rows) -> str:
-    """A table in columns: the first aligned to the left, all others to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return "\n".join("  ".join(_cells(row, widths)) for row in [head, *rows])
-
-
-def markdown(head, rows) -> str:
-    """The same as a table of Markdown."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    first, *others = widths
-    rule = "|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in others)])
-    lines = [f"| {' | '.join(_cells(row, widths))} |" for row in [head, *rows]]
-    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
-
-
-def _cells(row, widths) -> list[str]:
-    return [
-        cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
 
 
 def failed_otherwise(line) -> bool:

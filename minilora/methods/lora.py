@@ -39,6 +39,9 @@ class LoRA(Adapter):
     def scaling(self) -> float:
         return self.alpha / self.r
 
+    def shapes(self, d_out, d_in):
+        return {"A": (self.r, d_in), "B": (d_out, self.r)}, {}
+
     def init(self, W, rng, shared):
         d_out, d_in = W.shape
         bound = 1.0 / math.sqrt(d_in)

@@ -82,7 +82,7 @@ def png(figure, dpi=150) -> bytes:
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure as a notebook shows it: a PNG of at most 800 pixels' width, and the words for who cannot see it."""
+    """A figure as a notebook shows it: a PNG of at most 800 pixels' width, and its alt text."""
 
     figure: object
     alt: str

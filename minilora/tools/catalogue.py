@@ -5,9 +5,9 @@ import re
 import sys
 
 from .. import methods
-from ..files.checkpoint import array_shapes
 from ..gpt import GPT, GPTConfig
 from ..surgery import adapt, count_parameters
+from .methodfile import KEPT, stated_shapes
 from .trial import verdicts
 
 
@@ -29,15 +29,20 @@ def catalogue() -> list[dict]:
             "trainable_percent": 100 * trainable / total,
             "frozen": sorted(set(layer.p) - set(layer.arrays.trainable())),
             "claims": verdicts(name),
-            "kept": re.search(r"^Kept for backward: (.*)$", doc, re.MULTILINE)[1],
+            "kept": KEPT.search(doc)[1],
         })  # fmt: skip
     return entries
 
 
 def trained_shapes(name) -> dict[str, list[str]]:
-    """The trainable arrays of a layer by name, with their shapes in letters: {"A": ["r", "d_in"], …}."""
-    trainable, _, _ = array_shapes(methods.create(name), "d_out", "d_in", "r")
-    return {array: list(shape) for array, shape in trainable.items()}
+    """The trainable arrays of a layer by name, with the shapes that the method's file states: {"A": ["r", "d_in"], …}.
+
+    An array that the file's line "Forward, …:" does not name has the numbers of a layer of the shipped model.
+    """
+    method = methods.create(name)
+    trainable, _ = method.shapes(*GPT(GPTConfig()).blocks[0].up.W.shape)
+    stated = stated_shapes(method)
+    return {array: list(stated.get(array) or map(str, shape)) for array, shape in trainable.items()}
 
 
 def show(entries) -> str:

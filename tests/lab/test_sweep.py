@@ -143,42 +143,29 @@ BAD = {
     "unknown method": (["--methods", "lora", "lorra"], 'did you mean "lora"'),
     "method twice": (["--methods", "lora", "vera,lora"], "methods is"),
     "no method": (["--methods", ","], "at least one"),
-    "rank 0": (["--methods", "lora", "--r", 2, 0], "r is 0"),
     "rank above the layer": (["--methods", "lora", "--r", 4096], "at most 16"),
     "rank twice": (["--r", 2, 2], "r is [2, 2]"),
-    "alpha nan": (["--methods", "lora", "--alpha", "nan"], "alpha is nan"),
     "alpha 0": (["--methods", "lora", "--alpha", 0], "alpha is 0"),
-    "lr 0": (["--lr", 0.1, 0], "lr is 0"),
-    "lr infinite": (["--lr", "inf"], "lr is inf"),
     "lr nan": (["--lr", "nan"], "lr is nan"),
     "lr twice": (["--lr", 0.1, 0.10], "each value once"),
-    "seed twice": (["--seeds", 1, 1], "seeds is [1, 1]"),
     "seed negative": (["--seeds", -1], "seeds is -1"),
-    "steps 0": (["--steps", 0], "steps is 0"),
-    "batch 0": (["--batch", 0], "batch is 0"),
     "workers 0": (["--methods", "full", "--workers", 0], "workers is 0"),
     "no such base": (["--base", "no-such-model.safetensors"], "no-such-model.safetensors"),
     "report of nothing": (["--report"], "holds no runs"),
     "record of nothing": (["--record", "rates.json"], "holds no runs"),
+    "a picture over the runs": (["--out", "x/picture.png"], "written over"),
+    "a record over the runs": (["--out", "a.jsonl", "--record", "a.jsonl"], "written over"),
+    "no file": (["--out", ""], "written over"),
 }
 
 
 @pytest.mark.parametrize(("argv", "message"), BAD.values(), ids=BAD)
-def test_what_cannot_be_used_is_refused_before_any_work(argv, message, base, out, monkeypatch):
+def test_what_cannot_be_used_is_refused_before_any_work(argv, message, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "sweep", lambda *args, **options: pytest.fail("work began"))
     with pytest.raises(InputError) as caught:
-        command("--base", base, *argv, "--out", out)
-    assert message in str(caught.value)
-    assert not out.exists()
-
-
-@pytest.mark.parametrize("argv", [["--out", "x/picture.png"], ["--out", "a.jsonl", "--record", "a.jsonl"]])
-def test_no_output_may_replace_the_file_of_runs(argv, base, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="written over"):
-        command("--base", base, *argv)
-    with pytest.raises(InputError):
-        command("--base", base, "--out", "")
+        command("--base", base, "--out", "sweep.jsonl", *argv)
+    assert message in str(caught.value) and not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------------------------------------- the runs
@@ -353,8 +340,6 @@ def test_a_worker_that_dies_ends_the_sweep_which_resumes(base, out):
 
 FOREIGN = {
     "text": b"my notes\n",
-    "text without a newline": b"my notes",
-    "json lines": b'{"loss_b": 1.0}\n',
     "a line of another kind": MARK + b'"method": "lora"}\n',
     "another version": b'{"minilora_sweep": 2, ' + json.dumps(asdict(Run("lora", 0.1, 0, 1, 1))).encode()[1:] + b"\n",
     "binary": b"\x93NUMPY\x00\xff",
@@ -395,32 +380,14 @@ def test_runs_that_cannot_be_compared_do_not_share_a_file(base, out, tmp_path, p
 
 
 @pytest.fixture(scope="module")
-def scheduler(tmp_path_factory):
+def scheduler():
     """The address of a Dask scheduler with two workers, each a process of its own, on a free port of this machine."""
     distributed = pytest.importorskip("distributed", reason="the extra dask is not installed")
-    folder, started = tmp_path_factory.mktemp("dask"), []
-
-    def start(*words):
-        log = open(folder / f"{len(started)}.log", "w")  # noqa: SIM115
-        line = [sys.executable, "-m", *words, "--no-dashboard"]
-        started.append((subprocess.Popen(line, env=environment(), stdout=log, stderr=log, cwd=folder), log))
-
-    try:
-        file = folder / "scheduler.json"
-        start("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", file)
-        for _ in range(2):
-            start("distributed.cli.dask_worker", "--scheduler-file", file, "--nthreads", "1", "--no-nanny")
-        wait_for(file.exists)
-        wait_for(lambda: file.read_text().rstrip().endswith("}"))
-        address = json.loads(file.read_text())["address"]
-        with distributed.Client(address, set_as_default=False) as client:
-            client.wait_for_workers(2, timeout=60)
-        yield address
-    finally:
-        for process, log in started:
-            process.kill()  # asked politely, a worker whose scheduler is gone may take its time
-            process.wait()
-            log.close()
+    cluster = distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs=50
+    )
+    with cluster:
+        yield cluster.scheduler_address
 
 
 def test_a_sweep_on_a_dask_cluster_uses_both_workers(scheduler, base, out, capsys):

@@ -154,13 +154,6 @@ def test_losses_are_smoothed_and_seeds_become_a_mean_and_a_range():
     assert {(2.0, 3.0), (2.0, 5.0), (3.0, 1.0), (3.0, 3.0)} <= set(map(tuple, band.get_paths()[0].vertices))
 
 
-def test_curves_differ_by_more_than_colour_once_the_palette_is_used_up():
-    drawn = plots.loss_curves(CURVES).axes[0].lines
-    looks = [(line.get_color(), line.get_linestyle()) for line in drawn]
-    assert len(set(looks)) == len(looks) == 8
-    assert {color for color, _ in looks} == set(plots.COLOURS)
-
-
 def test_curves_that_lie_on_one_another_are_all_seen():
     same = dict.fromkeys("abcd", LOW_RANK)
     losses, values = (draw(same).axes[0].lines for draw in (plots.loss_curves, plots.singular_values))
@@ -181,12 +174,6 @@ def test_points_lie_where_they_were_put_and_scales_are_logarithmic():
     assert plots.lines({"a": ([1], [1])}).axes[0].get_yscale() == "linear"
 
 
-def test_a_short_log_axis_has_plain_numbers():
-    assert {"1", "2", "5", "0.5", "0.2"} <= set(words(EXAMPLES["lines"]()).split("\n"))
-    wide = words(plots.lines({"a": ([1, 2], [1e-5, 1e-3])}, logy=True)).split("\n")
-    assert {"1e−05", "0.0001", "0.001"} <= set(wide) and "0.0002" not in wide
-
-
 def test_a_fit_tells_the_correlation_in_words():
     x = np.array([0.0, 1.0, 2.0, 3.0])
     figure = plots.scatter({"up": (x, 2 * x + 1), "down": (x, np.array([3.0, 1.0, 2.0, 0.0]))}, fit=True)
@@ -194,9 +181,8 @@ def test_a_fit_tells_the_correlation_in_words():
     up, down = figure.axes[0].lines
     assert up.get_ydata().tolist() == pytest.approx([1.0, 7.0])
     assert down.get_ydata().tolist() == pytest.approx([2.7, 0.3])
-    assert (
-        len({tuple(c.get_paths()[0].vertices.ravel()) for c in figure.axes[0].collections}) == 2
-    )  # marks of two shapes
+    marks = {tuple(c.get_paths()[0].vertices.ravel()) for c in figure.axes[0].collections}
+    assert len(marks) == 2  # of two shapes
     assert not plots.scatter({"up": (x, x)}).axes[0].lines
 
 
@@ -219,12 +205,6 @@ def test_stacked_bars_lie_end_to_end_and_totals_stand_behind_them():
     }  # fmt: skip
     assert [(t.get_text(), t.xy) for t in axes.texts] == [("8", (8.0, 0)), ("8.5", (8.5, 1)), ("0.5", (0.5, 2))]
     assert axes.get_xlabel() == "MiB"
-
-
-def test_parts_beyond_the_palette_are_hatched():
-    parts = {f"part {i}": 1.0 for i in range(8)}
-    containers = plots.stacked_bars({"row": parts}).axes[0].containers
-    assert [c[0].get_hatch() or "" for c in containers] == [""] * 7 + ["//"]
 
 
 def test_bars_have_the_length_of_the_mean_and_tell_the_deviation():
@@ -289,19 +269,14 @@ def test_the_graph_shows_operations_leaves_edges_and_what_is_kept():
     assert height["x"] > height["linear"] > height["mul"] == height["tanh"] > height["add"] > height["sum"]
 
 
-def test_an_edge_that_skips_a_layer_goes_round():
-    x = Tensor(np.ones(3), requires_grad=True)
-    arrows = [t.arrow_patch for t in plots.graph(x.exp().exp() + x).axes[0].texts if getattr(t, "arrow_patch", None)]
-    assert sorted(arrow.get_connectionstyle().rad for arrow in arrows) == [0.0, 0.0, 0.0, 0.3]
-
-
 def test_an_edge_that_goes_round_leads_from_box_to_box():
     x = Tensor(np.ones(3), requires_grad=True)
     figure = plots.graph(x.exp().exp().tanh() * x, names={"a leaf of a long name": x})
     figure.draw(FigureCanvasAgg(figure).get_renderer())
     drawn = figure.axes[0].texts
     boxes = {t.get_text(): t.get_bbox_patch().get_window_extent().padded(3) for t in drawn if t.get_bbox_patch()}
-    (around,) = (a for t in drawn if (a := getattr(t, "arrow_patch", None)) and a.get_connectionstyle().rad)
+    arrows = [t.arrow_patch for t in drawn if getattr(t, "arrow_patch", None)]
+    (around,) = [arrow for arrow in arrows if arrow.get_connectionstyle().rad]  # the others are straight
     start, _, end = around.get_path().vertices[:3]  # of the curve; those of the head follow
     assert boxes["a leaf of a long name"].contains(*start)
     assert boxes["mul"].contains(*end)
@@ -359,11 +334,6 @@ def test_a_method_that_diverged_does_not_squeeze_the_others():
     result["curves"]["dora"] = [[step, loss if step < 60 else 9.0] for step, loss in result["curves"]["dora"]]
     low, high = figures.comparison(result).axes[0].get_ylim()
     assert 1.7 < low < 1.9 and 2.35 < high < 2.7
-
-
-def test_points_that_are_nearly_one_lie_near_each_other():
-    trade = figures.comparison(compared("dora", "dora_detached")).axes[1]
-    assert np.ptp(trade.get_xlim()) > 0.02 and np.ptp(trade.get_ylim()) > 0.02
 
 
 def test_arrays_of_a_device_are_drawn_too():

@@ -55,6 +55,10 @@ def without_a_path(dx, grads, dy, saved, W, p):
     return dy @ W, grads  # dx through the adapter is forgotten: + dh A
 
 
+def another_batch(dx, grads, dy, saved, W, p):
+    return dx, {**grads, "A": (dy @ (2.0 * p.B)).T @ saved.x[::-1]}  # s is alpha / r, 2
+
+
 MISTAKES = {
     "sign of dA": (change("A", np.negative), "A", "the sign is flipped"),
     "sign of dx": (change("x", np.negative), "x", "the sign is flipped"),
@@ -66,6 +70,7 @@ MISTAKES = {
     "dB of another shape": (change("B", lambda g: g[:, :1]), "B", r"shape \(6, 1\); it must have .* \(6, 3\)"),
     "dx lacks a term": (without_a_path, "x", "a term of .* is missing or wrong"),
     "dB has noise": (change("B", lambda g: 5.0 * g[::-1] + g[:, ::-1]), "B", "no simple pattern"),
+    "x is that of another batch": (another_batch, "A", "missing or wrong|no simple pattern"),
     "dA is a little off": (change("A", lambda g: g + 1e-5 * np.abs(g).mean()), "A", "almost right"),
 }
 
@@ -218,7 +223,10 @@ def test_a_function_that_is_not_finite_fails():
 # -------------------------------------------------------------------------------- large arrays
 
 LARGE = {"x": normal(52, 40)}
-SQUARES = lambda x: (x * x).sum()
+
+
+def squares(x):
+    return (x * x).sum()
 
 
 def test_a_large_array_is_checked_along_directions():
@@ -227,7 +235,7 @@ def test_a_large_array_is_checked_along_directions():
 
     def counted(x):
         calls.append(x.shape)
-        return SQUARES(x)
+        return squares(x)
 
     report = gradcheck(counted, {"x": 2 * LARGE["x"]}, LARGE)
     assert report
@@ -238,31 +246,27 @@ def test_a_large_array_is_checked_along_directions():
 def test_directions_catch_one_wrong_entry():
     off = 2 * LARGE["x"]
     off[7, 3] += 1.0
-    report = gradcheck(SQUARES, {"x": off}, LARGE)
+    report = gradcheck(squares, {"x": off}, LARGE)
     assert not any(row.ok for row in report.rows)
-
-
-@pytest.mark.parametrize(
-    ("mistake", "message"), [(np.negative, "sign"), (lambda g: 0.125 * g, "factor 0.125:"), (np.zeros_like, "zero")]
-)
-def test_directions_guess_as_entries_do(mistake, message):
-    report = gradcheck(SQUARES, {"x": mistake(2 * LARGE["x"])}, LARGE)
-    assert not report
-    assert all(message in row.advice for row in report.rows)
 
 
 # -------------------------------------------------------------------------------- what is refused
 
 
 def test_a_function_that_is_not_holomorphic_is_refused_or_checked_without_the_complex_step():
-    lengths, grads = (lambda x, c: np.abs(x).sum()), {"x": np.sign(POINT["x"])}
+    def lengths(x, c):
+        return np.abs(x).sum()
+
+    grads = {"x": np.sign(POINT["x"])}
     with pytest.raises(InputError, match="drops the imaginary part of x; use complex_step=False"):
         gradcheck(lengths, grads, POINT)
     assert gradcheck(lengths, grads, POINT, complex_step=False)
 
 
 def test_a_function_that_is_holomorphic_in_part_only_fails_the_complex_step():
-    half = lambda x, c: (x * np.abs(x)).sum()  # complex in, complex out, yet d|x| is lost
+    def half(x, c):
+        return (x * np.abs(x)).sum()  # complex in, complex out, yet d|x| is lost
+
     report = gradcheck(half, {"x": 2 * np.abs(POINT["x"])}, POINT)
     assert [row.ok for row in report.rows] == [True, False]
 
@@ -303,21 +307,17 @@ def test_a_wrong_shape_prints_the_guess_and_no_numbers():
     ]
 
 
-@pytest.mark.parametrize("grads", [RIGHT, {"x": -RIGHT["x"]}, {"x": RIGHT["c"]}, {"x": np.nan * RIGHT["x"]}])
-def test_a_report_is_json(grads):
-    report = gradcheck(cubic, grads, POINT, "cubic")
-    back = json.loads(json.dumps(report.dict()))
-    assert back["title"] == "cubic" and back["ok"] is bool(report)
-    assert [row["ok"] for row in back["rows"]] == [row.ok for row in report.rows]
-    assert [row["advice"] for row in back["rows"]] == [row.advice for row in report.rows]
-
-
-@pytest.mark.parametrize("grads", [{"x": RIGHT["c"]}, {"x": np.nan * RIGHT["x"]}], ids=["shape", "nan"])
+@pytest.mark.parametrize("grads", [RIGHT, {"x": RIGHT["c"]}, {"x": np.nan * RIGHT["x"]}], ids=["right", "shape", "nan"])
 def test_a_report_is_json_that_a_browser_reads(grads):
-    """Infinity and NaN, which Python writes, are no JSON (RFC 8259, section 6)."""
-    text = json.dumps(gradcheck(cubic, grads, POINT).dict())
-    refuse = lambda constant: pytest.fail(f"{constant} in JSON")
-    assert json.loads(text, parse_constant=refuse)["ok"] is False
+    """Infinity and NaN, which Python writes, are not JSON (RFC 8259, section 6)."""
+
+    def refuse(constant):
+        pytest.fail(f"{constant} in JSON")
+
+    report = gradcheck(cubic, grads, POINT, "cubic")
+    back = json.loads(json.dumps(report.dict()), parse_constant=refuse)
+    assert back["title"] == "cubic" and back["ok"] is bool(report)
+    assert [(row["ok"], row["advice"]) for row in back["rows"]] == [(row.ok, row.advice) for row in report.rows]
 
 
 # -------------------------------------------------------------------------------- operations, models
