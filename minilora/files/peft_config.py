@@ -85,6 +85,7 @@ OF_TYPE = {  # hyper-parameters, by the type of the field's default
     int: Rule("an integer from 0 to 2³¹ − 1", is_whole),
     float: Rule("a finite number above 0", is_positive),
     bool: Rule("true or false", is_flag),
+    str: Rule("text", is_text),
 }
 
 

@@ -8,31 +8,15 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny import TINY, base, logits
 
 from minilora.cli import main
-from minilora.engine import no_grad
 from minilora.errors import FormatError, InputError
 from minilora.files.base import load_base, save_model
 from minilora.files.gpt2 import load_gpt2, modules, save_gpt2, tensors
-from minilora.gpt import GPT, GPTConfig
 from minilora.surgery import adapt, linear_layers
 
-TINY = GPTConfig(vocab_size=11, n_positions=8, n_embd=16, n_layer=2, n_head=2)
-IDS = np.random.default_rng(0).integers(0, 11, (2, 6))
 C_ATTN = "transformer.h.1.attn.c_attn.weight"
-
-
-def base(dtype=np.float32, config=TINY) -> GPT:
-    """A model whose every array is random: gains and biases too."""
-    model, rng = GPT(config, 0, dtype), np.random.default_rng(0)
-    for _, p in model.named_parameters():
-        p.data[:] = rng.normal(0.0, 0.3, p.shape)
-    return model
-
-
-def logits(model):
-    with no_grad():
-        return model(IDS).data
 
 
 def same(one, other):
@@ -196,71 +180,65 @@ def twice(folder):
     rewrite(folder, lambda a: a | dict([extra]), "model-00002-of-00002.safetensors")
 
 
-BAD = {
-    "no config": (
-        lambda folder: (folder / "config.json").unlink(),
-        "there is no such file; the config.json of a GPT-2",
-    ),
-    "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
-    "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "the configuration is not a map"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "there is no such file; a safetensors file"),
-    "a pickle": (only_a_pickle, r"is a pickle.*save_pretrained\(\) writes model.safetensors"),
-    "another model": (configure(model_type="llama"), 'model_type is "llama"; supported: "gpt2"'),
-    "another activation": (configure(activation_function="relu"), "activation_function is .*gelu_new"),
-    "another epsilon": (configure(layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06; supported: 1e-05"),
-    "attention not scaled": (configure(scale_attn_weights=False), "scale_attn_weights is false; supported: true"),
-    "scaled by layer": (configure(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is true"),
-    "a head of its own": (configure(tie_word_embeddings=False), "tie_word_embeddings is false; supported: true"),
-    "cross attention": (configure(add_cross_attention=True), "add_cross_attention is true; supported: false"),
-    "a number for a flag": (configure(scale_attn_weights=1), "scale_attn_weights is 1; supported: true"),
-    "another width": (configure(n_inner=63), "n_inner is 63; supported: null or 4 n_embd"),
-    "a flag for a size": (configure(n_layer=True), "n_layer is true; it must be an integer of at least 1"),
-    "a size of 0": (configure(n_embd=0), "n_embd is 0; it must be"),
-    "a size as text": (configure(n_head="2"), "n_head is .*; it must be"),
-    "heads that do not fit": (configure(n_head=3), "n_embd 16 is not a multiple of n_head 3"),
-    "a billion layers": (configure(n_layer=10**9), "says n_layer 1000000000, and there are 28 tensors"),
-    "a billion tokens": (
-        configure(vocab_size=10**9),
-        r'"transformer.wte.weight": is F32\(11, 16\); expected \(1000000000',
-    ),
-    "a wide model": (configure(n_embd=2 * 10**9), r"expected \(11, 2000000000\)"),
-    "one layer too few": (configure(n_layer=1), '"transformer.h.1.*": belongs to nothing in this model'),
-    "one too many": (configure(n_layer=3), '"transformer.h.2.*": is missing'),
-    "a tensor missing": (spoil(lambda a: {n: v for n, v in a.items() if n != C_ATTN}), f'"{C_ATTN}": is missing'),
-    "a tensor too many": (spoil(lambda a: a | {"score.weight": np.ones(3, np.float32)}), '"score.weight": belongs to'),
-    "a mask of a layer that is not there": (
-        spoil(lambda a: a | {"transformer.h.2.attn.bias": np.ones(3, np.float32)}),
-        '"transformer.h.2.attn.bias": belongs to nothing',
-    ),
-    "weights that are not transposed": (
-        spoil(lambda a: a | {C_ATTN: a[C_ATTN].T.copy()}),
-        rf'"{C_ATTN}": is F32\(48, 16\); expected \(16, 48\)',
-    ),
-    "a head that differs": (
-        spoil(lambda a: a | {"lm_head.weight": a["transformer.wte.weight"] + 1}),
-        '"lm_head.weight": differs from wte.weight',
-    ),
-    "integers": (spoil(lambda a: a | {C_ATTN: np.ones((16, 48), int)}), f'"{C_ATTN}": its dtype is "I64"'),
-    "not a number": (spoil(lambda a: a | {C_ATTN: np.full((16, 48), np.nan)}), f'"{C_ATTN}": holds NaN'),
-    "too large for float32": (spoil(lambda a: a | {C_ATTN: np.full((16, 48), 1e300)}), f'"{C_ATTN}": holds a number'),
-    "an index that leads out": (sharded(**{C_ATTN: "../model.safetensors"}), "weight_map names .*; expected a .safe"),
-    "an index to a pickle": (sharded(**{C_ATTN: "pytorch_model.bin"}), "weight_map names .pytorch_model.bin."),
-    "an index of numbers": (sharded(**{C_ATTN: 3}), "weight_map names 3; expected"),
-    "an empty index": (sharded(), "weight_map names null; expected"),
-    "a file missing": (sharded(**{C_ATTN: "other.safetensors"}), "there is no such file"),
-    "a tensor missing in all files": (lose_a_tensor, f'"{C_ATTN}": is missing'),
-    "a tensor in two files": (twice, "belongs to nothing in this model"),
-}
+def without(name):
+    return spoil(lambda arrays: {n: a for n, a in arrays.items() if n != name})
 
 
-SEEN_IN_THE_NUMBERS = {"a head that differs", "not a number", "too large for float32"}
+def having(name, array):
+    return spoil(lambda arrays: arrays | {name: array})
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_folder_is_one_error_that_names_it(folder, name, monkeypatch):
-    spoil_it, message = BAD[name]
+CONFIGURED = [  # (a key, a value that is refused, what the error says)
+    ("model_type", "llama", 'model_type is "llama"; supported: "gpt2"'),
+    ("activation_function", "relu", "activation_function is .*gelu_new"),
+    ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon is 1e-06; supported: 1e-05"),
+    ("scale_attn_weights", False, "scale_attn_weights is false; supported: true"),
+    ("scale_attn_weights", 1, "scale_attn_weights is 1; supported: true"),
+    ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx is true"),
+    ("tie_word_embeddings", False, "tie_word_embeddings is false; supported: true"),
+    ("add_cross_attention", True, "add_cross_attention is true; supported: false"),
+    ("n_inner", 63, "n_inner is 63; supported: null or 4 n_embd"),
+    ("n_layer", True, "n_layer is true; it must be an integer of at least 1"),
+    ("n_embd", 0, "n_embd is 0; it must be"),
+    ("n_head", "2", "n_head is .*; it must be"),
+    ("n_head", 3, "n_embd 16 is not a multiple of n_head 3"),
+    ("n_layer", 10**9, "says n_layer 1000000000, and there are 28 tensors"),
+    ("vocab_size", 10**9, r'"transformer.wte.weight": is F32\(11, 16\); expected \(1000000000'),
+    ("n_embd", 2 * 10**9, r"expected \(11, 2000000000\)"),
+    ("n_layer", 1, '"transformer.h.1.*": belongs to nothing in this model'),
+    ("n_layer", 3, '"transformer.h.2.*": is missing'),
+]
+BAD = [
+    *((configure(**{key: value}), message) for key, value, message in CONFIGURED),
+    (lambda folder: (folder / "config.json").unlink(), "there is no such file; the config.json of a GPT-2"),
+    (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
+    (lambda folder: (folder / "config.json").write_text("[]"), "the configuration is not a map"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "there is no such file; a safetensors file"),
+    (only_a_pickle, r"is a pickle.*save_pretrained\(\) writes model.safetensors"),
+    (without(C_ATTN), f'"{C_ATTN}": is missing'),
+    (having("score.weight", np.ones(3, np.float32)), '"score.weight": belongs to'),
+    (having("transformer.h.2.attn.bias", np.ones(3, np.float32)), '"transformer.h.2.attn.bias": belongs to nothing'),
+    (having(C_ATTN, np.ones((48, 16), np.float32)), rf'"{C_ATTN}": is F32\(48, 16\); expected \(16, 48\)'),
+    (having(C_ATTN, np.ones((16, 48), int)), f'"{C_ATTN}": its dtype is "I64"'),
+    (sharded(**{C_ATTN: "../model.safetensors"}), "weight_map names .*; expected a .safe"),
+    (sharded(**{C_ATTN: "pytorch_model.bin"}), "weight_map names .pytorch_model.bin."),
+    (sharded(**{C_ATTN: 3}), "weight_map names 3; expected"),
+    (sharded(), "weight_map names null; expected"),
+    (sharded(**{C_ATTN: "other.safetensors"}), "there is no such file"),
+    (lose_a_tensor, f'"{C_ATTN}": is missing'),
+    (twice, "belongs to nothing in this model"),
+]
+BAD_NUMBERS = [
+    (having("lm_head.weight", np.ones((11, 16), np.float32)), '"lm_head.weight": differs from wte.weight'),
+    (having(C_ATTN, np.full((16, 48), np.nan)), f'"{C_ATTN}": holds NaN'),
+    (having(C_ATTN, np.full((16, 48), 1e300)), f'"{C_ATTN}": holds a number'),
+]
+
+
+@pytest.mark.parametrize("spoil_it, message", BAD + BAD_NUMBERS, ids=lambda value: str(value)[:30])
+def test_a_bad_folder_is_one_error_that_names_it(folder, spoil_it, message, monkeypatch):
     spoil_it(folder)
-    if name not in SEEN_IN_THE_NUMBERS:
+    if (spoil_it, message) in BAD:
         monkeypatch.setattr("minilora.files.gpt2.GPT", None)  # no model may be made
     with pytest.raises(FormatError, match=message) as caught:
         load_gpt2(folder)
@@ -276,12 +254,12 @@ def test_a_mask_is_not_read_but_must_lie_right(folder):
         load_gpt2(folder)
 
 
-@pytest.mark.parametrize("where", ["folder", "file"])
 @pytest.mark.parametrize(
     "argv", [["generate"], ["train", "lora", "--steps", "1"], ["compare", "--steps", "1"]], ids=str
 )
-def test_a_model_with_another_vocabulary_is_one_clear_sentence(folder, tmp_path, monkeypatch, capsys, argv, where):
+def test_a_model_with_another_vocabulary_is_one_clear_sentence(folder, tmp_path, monkeypatch, capsys, argv):
     monkeypatch.chdir(tmp_path)
     save_model(tmp_path / "model.safetensors", base())
-    assert main([*argv, "--base", str(folder if where == "folder" else tmp_path / "model.safetensors")]) == 2
-    assert "has 11 tokens, and the tokenizer 96 characters; a model that reads characters" in capsys.readouterr().err
+    for model in (folder, tmp_path / "model.safetensors"):
+        assert main([*argv, "--base", str(model)]) == 2
+        assert "has 11 tokens, and the tokenizer 96 characters; a model that reads" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from tiny import IDS, assert_same_function, base, logits, moved
 from untouched import assert_untouched, state
 
 from minilora import methods
+from minilora.adapter import InPeft
 from minilora.cli import main
 from minilora.errors import AdapterFormatError, InputError
 from minilora.files import peft, peft_config, peft_parts
@@ -851,6 +852,11 @@ def test_the_pages_code_prints_what_it_says(tmp_path, monkeypatch, capsys):
         exec(compile(part, "docs/peft.md", "exec"), namespace)
     assert capsys.readouterr().out == block("text")
     assert float(namespace["optimizer"].lr_scale.max()) == 16.0
+
+
+def test_the_page_explains_each_attribute():
+    rows = re.findall(r"^\| `(\w+)` \|", PAGE.split("## What a method's file says")[1].split("\n## ")[0], re.MULTILINE)
+    assert sorted(rows) == sorted(name for name in vars(InPeft) if not name.startswith("_"))
 
 
 def test_the_pages_table_is_what_the_methods_files_make():

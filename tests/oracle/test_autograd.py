@@ -182,6 +182,7 @@ def assert_steps_equal(make_ours, make_theirs, tolerance=1e-12):
             p.node.grad += gradient
             theirs[name].grad = to_torch(gradient)
         optimizer.step()
+        optimizer.zero()
         optimizer_torch.step()
         for name, p in ours.items():
             assert_close(p.data, theirs[name], tolerance, f"{name} after step {step + 1}")

@@ -94,10 +94,10 @@ def assert_trained_equal(ours, theirs, tolerance):
         assert_close(p.data, other, tolerance, name)
 
 
-def train_both(ours, theirs, optimizer, optimizer_torch, host, dtype, after_step=lambda: None, callback=None):
+def train_both(ours, theirs, optimizer, optimizer_torch, host, dtype, after_step=lambda: None, callbacks=()):
     """The rate stays constant: floor=1.0."""
     batches = make_batches(host, dtype)
-    minilora.train(ours, optimizer, batches, steps=STEPS, floor=1.0, callback=callback, progress=False)
+    minilora.train(ours, optimizer, batches, steps=STEPS, floor=1.0, callbacks=callbacks, progress=False)
     torch_train(theirs, optimizer_torch, batches, after_step)
 
 
@@ -274,8 +274,11 @@ def test_twenty_steps_of_corrected_lora_fa_end_where_pefts_optimizer_does(host, 
     eps = lambda t: 1e-6 / math.sqrt(1.0 - 0.999**t)
     optimizer = minilora.AdamW(ours.trainable(), lr=LR, eps=eps(1))
     optimizer_torch = peft.optimizers.create_lorafa_optimizer(theirs, r=R, lora_alpha=ALPHA, lr=LR)
-    next_eps = lambda step, history: setattr(optimizer, "eps", eps(step + 2))
-    train_both(ours, theirs, optimizer, optimizer_torch, host, dtype, callback=next_eps)
+
+    def next_eps(step, history):
+        optimizer.eps = eps(step + 2)
+
+    train_both(ours, theirs, optimizer, optimizer_torch, host, dtype, callbacks=[next_eps])
     assert_trained_equal(ours, theirs, 1e-6)
 
 
