@@ -12,7 +12,7 @@ from pathlib import Path
 
 from minilora import methods
 from minilora.lab.task import learning_rate
-from minilora.tools import catalogue, methodfile
+from minilora.tools import catalogue, methodfile, peft_table
 from minilora.tools.trial import Trial
 
 DOCS = Path(__file__).parent
@@ -55,14 +55,12 @@ def arrays(name: str) -> list[pictures.Array]:
     start = Trial(method, d_in=31, d_out=17)
     end, trained = start.after(3), start.layer.arrays.trainable()
     letters = {1: "1", 7: "r", 31: "d_in", 17: "d_out"}
-    line = re.search(r"^Forward, (.*):$", docstring(name), re.MULTILINE)
-    stated = dict(re.findall(r"(\w+) \(([^)]*)\)", line[1] if line else ""))
+    stated = methodfile.stated_shapes(method)
 
     def described(array, before, after, shared=False):
         state = "trained" if array in trained else "moved" if (before != after).any() else "frozen"
-        own_letters = [axis.strip() for axis in stated.get(array, "").split(",") if axis.strip()]
-        known = all(n in letters for n in before.shape) or len(own_letters) != before.ndim
-        axes = [letters.get(n, str(n)) for n in before.shape] if known else own_letters
+        known = all(n in letters for n in before.shape) or array not in stated
+        axes = [letters.get(n, str(n)) for n in before.shape] if known else stated[array]
         widest = [f"max {axis}" if shared and axis.startswith("d_") else axis for axis in axes]
         return pictures.Array(array, tuple(widest), state, shared)
 
@@ -239,12 +237,18 @@ def kept_and_peak(old: str, *, page: Path) -> str:
     return table(["", "kept for backward, MiB", "peak, MiB"], cells, "lrr")
 
 
+def in_peft_table(old: str, *, page: Path) -> str:
+    """What each method is in PEFT's files, found by writing and reading one."""
+    return f"\n{peft_table.table()}\n"
+
+
 BLOCKS = {
     "methods": methods_table,
     "scaling": scaling_table,
     "arrays": arrays_table,
     "options": options_table,
     "summands": summands,
+    "peft": in_peft_table,
     "reading": reading_order,
     "notebooks": notebooks_table,
     "compared": compared,
@@ -252,7 +256,7 @@ BLOCKS = {
     "recorded": kept_and_peak,
 }
 HAVE_BLOCKS = ["README.md", "docs/methods.md", "docs/conventions.md", "docs/adapters.md", "docs/start.md",
-               "docs/learn.md", "docs/why/lora-memory.md"]  # fmt: skip
+               "docs/learn.md", "docs/peft.md", "docs/why/lora-memory.md"]  # fmt: skip
 
 
 def pages() -> list[Path]:

@@ -5,9 +5,9 @@ import re
 import pages
 import pytest
 import source
+from source import TAG, docstring_and_code, kept, tags
 
 from minilora import methods
-from minilora.tools.methodfile import TAG, docstring_and_code, kept, tags
 
 PAGES = sorted(path.stem for path in (pages.DOCS / "methods").glob("*.md"))
 PARTS = [
