@@ -237,6 +237,19 @@ def kept_and_peak(old: str, *, page: Path) -> str:
     return table(["", "kept for backward, MiB", "peak, MiB"], cells, "lrr")
 
 
+def members_table(old: str, *, page: Path) -> str:
+    """The table of the contract's optional members as it is, with the methods that define each in the last column."""
+
+    def row(found) -> str:
+        names = [name for name in methods.names() if found[2] in vars(methods.get(name))]
+        others = [name for name in methods.names() if name not in names]
+        many = f"all but {code(others)}" if others else "every method"
+        where = many if len(names) > len(others) else code(names) or "no shipped method"
+        return f"{found[1]} {where} |"
+
+    return re.sub(r"^(\| `(\w+)` \|.*\|) [^|]* \|$", row, old, flags=re.MULTILINE)
+
+
 def in_peft_table(old: str, *, page: Path) -> str:
     """What each method is in PEFT's files, found by writing and reading one."""
     return f"\n{peft_table.table()}\n"
@@ -249,6 +262,7 @@ BLOCKS = {
     "options": options_table,
     "summands": summands,
     "peft": in_peft_table,
+    "members": members_table,
     "reading": reading_order,
     "notebooks": notebooks_table,
     "compared": compared,
@@ -256,7 +270,7 @@ BLOCKS = {
     "recorded": kept_and_peak,
 }
 HAVE_BLOCKS = ["README.md", "docs/methods.md", "docs/conventions.md", "docs/adapters.md", "docs/start.md",
-               "docs/learn.md", "docs/peft.md", "docs/why/lora-memory.md"]  # fmt: skip
+               "docs/learn.md", "docs/peft.md", "docs/contract.md", "docs/why/lora-memory.md"]  # fmt: skip
 
 
 def pages() -> list[Path]:
