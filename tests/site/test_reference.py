@@ -21,4 +21,4 @@ def test_an_equation_of_a_docstring_is_a_row_of_its_own(html):
 def test_the_command_line_s_page_has_each_help(html):
     page = (html / "cli.html").read_text("utf-8")
     commands = re.findall(r"<h3>(\w+)", page)
-    assert commands and not [name for name in commands if f"usage: minilora {name} [-h]" not in words(page)]
+    assert commands and not [name for name in commands if f"usage: minilora {name} " not in words(page)]
