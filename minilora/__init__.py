@@ -19,7 +19,8 @@ from .files.peft import load_peft, save_peft
 from .gpt import GPT, GPTConfig
 from .memory import kept_bytes, ledger
 from .surgery import adapt, count_parameters, merge, merge_and_unload, unload, unmerge
-from .training.optim import SGD, AdamW
+from .training.optim import AdamW
+from .training.sgd import SGD
 from .training.trainer import evaluate, train
 
 if find_spec(f"{__name__}.fast"):

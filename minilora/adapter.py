@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .backend import array_module, to_device, to_host
-from .engine import Saved, Tensor, is_recording, record
+from .engine import Saved, Tensor, form, is_recording, record
 from .errors import InputError
 from .nn import Linear, Module, Parameter
 from .options import options_of, plain_value
@@ -119,6 +119,7 @@ class AdaptedLinear(Module):
     """A frozen Linear with an adapter method beside it: the method's host in the network."""
 
     arrays_beside = ("merged", "original")
+    forms = {}  # {"numpy" or "cupy": a faster host(layer, x)}, registered by fast/
 
     def __init__(self, base: Linear, method: Adapter, seed, shared=None, part=None):
         """``shared``: Parameters from ``init_shared``; ``seed``: of the Generator that ``init`` draws from.
@@ -151,16 +152,19 @@ class AdaptedLinear(Module):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Raises InputError for a wrong shape, dtype or device, RuntimeError when a merged layer is trained."""
-        method, W, b = self.method, self.base.W.data, self.base.b
-        if x.data.ndim != 2 or x.shape[1] != W.shape[1] or x.dtype != W.dtype:
-            raise InputError(f"{method.name}: x is {x.dtype}{x.shape}; this layer takes {W.dtype} (N, {W.shape[1]})")
-        array_module(x.data, W)
         if self.merged is None:
-            y, saved = method.forward(x.data, W, self.p)
-        elif is_recording():
+            return form(self.forms, x.data, AdaptedLinear.host)(self, x)
+        if is_recording():
             raise RuntimeError("this layer is merged and would not train; call unmerge(model) first")
-        else:
-            y, saved = x.data @ self.merged.T, {}
+        self.check(x)
+        y = x.data @ self.merged.T
+        return Tensor(y if self.base.b is None else y + self.base.b.data)
+
+    def host(self, x: Tensor) -> Tensor:
+        """Call the method, add the layer's bias, and record how to go back."""
+        self.check(x)
+        method, W, b = self.method, self.base.W.data, self.base.b
+        y, saved = method.forward(x.data, W, self.p)
         if b is not None:
             y = y + b.data  # not +=, since y may be one of the saved arrays
         trained = self.arrays.trainable()
@@ -171,6 +175,13 @@ class AdaptedLinear(Module):
             return dx, *(grads[name] for name in names)
 
         return record(method.name, y, saved, vjp, [x, *trained.values()])
+
+    def check(self, x: Tensor) -> None:
+        W = self.base.W.data
+        if x.data.ndim != 2 or x.shape[1] != W.shape[1] or x.dtype != W.dtype:
+            takes = f"this layer takes {W.dtype} (N, {W.shape[1]})"
+            raise InputError(f"{self.method.name}: x is {x.dtype}{x.shape}; {takes}")
+        array_module(x.data, W)
 
     def after_step(self):
         self.method.after_step(self.base.W.data, self.p)

@@ -15,7 +15,7 @@ from minilora.memory import Entry, kept_bytes, ledger, owner
 from minilora.nn import LayerNorm, Linear, Module, Parameter
 from minilora.surgery import adapt
 from minilora.tools.audit import by_operation
-from minilora.training.optim import SGD
+from minilora.training.sgd import SGD
 
 CONFIG = GPTConfig(vocab_size=96, n_positions=64, n_embd=64, n_layer=2, n_head=4)
 IDS, TARGETS = np.random.default_rng(0).integers(0, 96, (2, 8, 64))

@@ -3,3 +3,4 @@
 from . import blocked as blocked
 from . import fused as fused
 from . import heap as heap
+from . import host as host

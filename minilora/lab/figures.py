@@ -15,15 +15,16 @@ def comparison(result: dict):
     rows, settings = result["rows"], result["settings"]
     names = [r["method"] for r in rows]
     legend, bars = 0.2 + 0.22 * -(-len(rows) // 4), 1.1 + 0.24 * len(rows)
-    figure = new_figure(10.5, 4.1 + legend + bars + 0.7)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[4.1 + legend, bars + 0.7])
+    curves_and_names = max(4.1, 1.3 + 0.19 * len(rows))
+    figure = new_figure(10.5, curves_and_names + legend + bars + 0.7)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[curves_and_names + legend, bars + 0.7])
     curves, trade = top.subplots(1, 2, width_ratios=[1.1, 1])
     _learning_curves(curves, result)
     _learning_against_forgetting(trade, rows)
     top.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=4, handlelength=3)
     costs = bottom.subplots(1, 3, sharey=True)
-    _bars(costs[0], names, [r["trainable"] / 1e3 for r in rows], "Trained numbers", "thousand", log=True)
-    _bars(costs[1], names, [r["kept_bytes"] / 2**20 for r in rows], "Kept for backward", "MiB")
+    _bars(costs[0], names, [r["trainable"] / 1e3 for r in rows], "Trainable parameters", "thousand", log=True)
+    _bars(costs[1], names, [r["kept_bytes"] / 2**20 for r in rows], "Saved for backward", "MiB")
     _bars(costs[2], names, [r["seconds_per_step"] * 1e3 for r in rows], "Time of a step", "ms")
     tokens = settings["batch"] * settings["context"]
     figure.supxlabel(

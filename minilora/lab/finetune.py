@@ -1,6 +1,6 @@
 """``minilora train``: one method, on the Folio or on the user's own text, to an adapter in a file.
 
-A run can be stopped or killed at any moment, and goes on from its last checkpoint as if nothing had happened.
+A run can be stopped or killed at any moment, and resumes from its last checkpoint as if nothing had happened.
 """
 
 import hashlib
@@ -101,7 +101,7 @@ def run(settings: Settings, folder: Path, file, overwrite, progress, report):
         (folder / CHECKPOINT).unlink(missing_ok=True)  # of another run
     else:
         optimizer = load_training(file, model, lambda params: make_optimizer(settings, params), history, rng)
-        report(f"{method.name}: going on after step {len(history.loss)} of {settings.steps}")
+        report(f"{method.name}: resuming after step {len(history.loss)} of {settings.steps}")
     write_atomically(folder / SETTINGS, as_text(settings).encode())
 
     def save():
@@ -152,13 +152,13 @@ class Checkpoints:
             try:
                 self.save()
             except InputError as error:
-                there = f"the checkpoint of step {self.saved} is good: {go_on(self.folder)}"
+                there = f"the checkpoint of step {self.saved} is good: {how_to_resume(self.folder)}"
                 raise InputError(
                     f"stopped after step {done}: {error}; {there if self.saved else 'no step is saved yet'}"
                 ) from error
             self.saved = done
         if stopping:
-            saved = f"stopped and saved after step {done} of {steps}; to go on: {go_on(self.folder)}"
+            saved = f"stopped and saved after step {done} of {steps}; to resume: {how_to_resume(self.folder)}"
             raise Interrupted(saved, self.signals[0])
 
 
@@ -193,13 +193,13 @@ def check_unfinished(folder: Path) -> None:
         if steps_taken(file) == steps:
             return
         where = f'"{settings["method"]}", step {steps_taken(file)} of {steps}'
-        what = f"holds an unfinished run ({where}): go on with {go_on(folder)}"
+        what = f"holds an unfinished run ({where}): resume it with {how_to_resume(folder)}"
     except AdapterFormatError as error:
         what = f"holds a checkpoint that cannot be read ({error.rule}): look at it"
     raise InputError(f'"{folder}" {what}; or choose another --out, or replace it with --overwrite')
 
 
-def go_on(folder) -> str:
+def how_to_resume(folder) -> str:
     return f"minilora train --resume {folder}"
 
 

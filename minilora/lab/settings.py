@@ -130,14 +130,14 @@ class Settings(Training):
     options: dict = setting({})
     data: str | None = setting(None, "your own text, UTF-8; its last tenth is held out", metavar="FILE")
     replace: str | None = setting(
-        None, "put CHAR for characters that the tokenizer lacks", flag="--replace-unknown", metavar="CHAR"
+        None, "replace characters that the tokenizer lacks with CHAR", flag="--replace-unknown", metavar="CHAR"
     )
     targets: str | list[str] = setting(
         "all-linear", TARGETS, flag="--target-modules", metavar="NAMES", type=layer_names
     )
-    warmup: int = setting(20, "steps of linear warm-up, before the cosine", at_least_zero)
-    weight_decay: float = setting(0.0, "decoupled, on matrices", at_least_zero)
-    clip: float | None = setting(1.0, "largest norm of the gradient", above_zero)
+    warmup: int = setting(20, "steps of linear warm-up, followed by a cosine", at_least_zero)
+    weight_decay: float = setting(0.0, "decoupled weight decay, on matrices", at_least_zero)
+    clip: float | None = setting(1.0, "gradient clipping: the largest norm of the gradient", above_zero)
     micro_batches: int = setting(1, "gradient accumulation: take each batch in K parts", above_zero, metavar="K")
     recompute: bool = setting(False, RECOMPUTE)
     every: int = setting(25, "steps between two checkpoints", above_zero, flag="--checkpoint-every", metavar="N")

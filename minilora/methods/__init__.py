@@ -4,7 +4,7 @@ A file that starts with an underscore is skipped. In each file, the method is th
 """
 
 import importlib
-import pkgutil
+import os
 
 from ..adapter import Adapter
 from ..errors import InputError, nearest, shown
@@ -13,7 +13,8 @@ from ..options import options_of
 
 def names() -> list[str]:
     """The names of all methods, which are their file names, in alphabetical order."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    files = [file for folder in __path__ for file in os.listdir(folder)]
+    return sorted(file.removesuffix(".py") for file in files if file.endswith(".py") and not file.startswith("_"))
 
 
 def get(name: str) -> type:

@@ -11,7 +11,8 @@ from ..adapter import AdaptedLinear, Adapter, own_array
 from ..backend import array_module
 from ..engine import Saved, Tensor, backward
 from ..nn import Linear, Parameter
-from ..training.optim import SGD, AdamW
+from ..training.optim import AdamW
+from ..training.sgd import SGD
 
 
 class Trial:

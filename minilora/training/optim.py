@@ -1,4 +1,4 @@
-"""AdamW and SGD over one flat buffer, and the learning-rate schedule.
+"""AdamW over one flat buffer.
 
 All trained arrays become views of one vector, so a step is a handful of array operations however many there are.
 """
@@ -111,24 +111,6 @@ class Optimizer:
             array[...] = array_module(array).asarray(state[name], array.dtype)
 
 
-class SGD(Optimizer):
-    """Gradient descent, with momentum: u ← momentum u + g,  w ← w − lr u."""
-
-    def __init__(self, params, lr, momentum=0.0, weight_decay=0.0, clip=None):
-        super().__init__(params, lr, weight_decay, clip)
-        if not 0.0 <= momentum < 1.0:
-            raise InputError(f"SGD: momentum is {momentum}; it must be at least 0 and below 1")
-        self.momentum, self.velocity = momentum, 0.0 * self.data
-
-    def move(self):
-        self.velocity *= self.momentum
-        self.velocity += self.grad
-        self.data -= self.lr * self.lr_scale * self.velocity
-
-    def state(self):
-        return {"velocity": self.velocity}
-
-
 class AdamW(Optimizer):
     """Adam with decoupled weight decay.   Kingma & Ba 2014, arXiv 1412.6980; Loshchilov & Hutter 2017, 1711.05101
 
@@ -175,11 +157,3 @@ def check_positive(zero_allowed=False, **values):
             continue
         if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
             raise InputError(f"{name} is {value}; it must be finite and {'at least' if zero_allowed else 'above'} 0")
-
-
-def warmup_cosine(step: int, steps: int, lr: float, warmup: int = 0, floor: float = 0.1) -> float:
-    """The rate of ``step`` (0 … steps − 1): a linear rise over ``warmup`` steps, then a cosine to floor · lr."""
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return lr * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))

@@ -11,8 +11,9 @@ from ..memory import kept_bytes
 from ..nn import Module
 from .gradient import accumulate, count_targets
 from .loop import History, loop
-from .optim import Optimizer, check_positive, warmup_cosine
+from .optim import Optimizer, check_positive
 from .progress import Progress
+from .schedule import warmup_cosine
 
 PREPARATIONS = []  # functions that train() calls before the first step; fast/ puts one here
 

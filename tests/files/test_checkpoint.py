@@ -22,8 +22,8 @@ from minilora.files.saving import writable_folder, write_atomically
 from minilora.files.tensorfile import write_tensors
 from minilora.gpt import GPT, GPTConfig
 from minilora.surgery import adapt, adapted_layers, host, merge_and_unload, plan
-from minilora.training.trainer import train
 from minilora.training.optim import AdamW
+from minilora.training.trainer import train
 
 TINY = GPTConfig(vocab_size=11, n_positions=8, n_embd=16, n_layer=2, n_head=2)
 IDS = np.random.default_rng(0).integers(0, 11, (2, 6))

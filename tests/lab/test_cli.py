@@ -10,7 +10,7 @@ import pytest
 from minilora import GPT, GPTConfig, methods
 from minilora.cli import main
 from minilora.files.base import save_model
-from minilora.lab import task
+from minilora.lab import pretrain, task
 from minilora.lab.compare import ROW_KEYS
 from minilora.tools import gradcheck
 
@@ -29,6 +29,7 @@ def run(*argv):
 
 def test_compare_writes_its_three_files_with_every_method_and_key(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(task, "SAMPLE_TOKENS", 20)
+    monkeypatch.setattr(task, "PASSAGES", 32)
     argv = ["compare", "--base", base, "--steps", 6, "--r", 2, "--batch", 4, "--seed", 3, "--workers", 1]
     out = tmp_path / "deep" / "out"
     assert run(*argv, "--out", out) == 0
@@ -73,7 +74,9 @@ def test_train_saves_an_adapter_that_generate_uses(base, tmp_path, capsys):
     assert all(t.startswith("the cat") for t in texts) and texts[0] != texts[1]
 
 
-def test_pretrain_writes_a_model_file(tmp_path, capsys):
+def test_pretrain_writes_a_model_file(tmp_path, capsys, monkeypatch):
+    tiny = pretrain.Recipe(GPTConfig(n_positions=16, n_embd=16, n_layer=1, n_head=2), batch=2)
+    monkeypatch.setattr(pretrain, "Recipe", lambda: tiny)
     assert run("pretrain", "--steps", 2, "--out", tmp_path / "new.safetensors") == 0
     assert run("generate", "--base", tmp_path / "new.safetensors", "--tokens", 5) == 0
 

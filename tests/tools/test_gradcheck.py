@@ -16,7 +16,7 @@ from minilora.nn import Module, Parameter
 from minilora.surgery import adapt
 from minilora.tools import gradcheck as module
 from minilora.tools.gradcheck import MAX_ENTRIES, check_method, check_methods, check_model, check_operation, gradcheck
-from minilora.training.optim import SGD
+from minilora.training.sgd import SGD
 
 pytestmark = pytest.mark.quick
 

@@ -21,7 +21,9 @@ from minilora.surgery import adapt
 from minilora.training import loop, progress
 from minilora.training.gradient import accumulate
 from minilora.training.loop import History
-from minilora.training.optim import SGD, AdamW, warmup_cosine
+from minilora.training.optim import AdamW
+from minilora.training.schedule import warmup_cosine
+from minilora.training.sgd import SGD
 from minilora.training.trainer import LostGradientWarning, evaluate, train
 
 pytestmark = pytest.mark.quick

@@ -11,7 +11,9 @@ from minilora.backend import to_host
 from minilora.engine import Tensor, backward
 from minilora.errors import InputError, TrainingStopped
 from minilora.nn import Parameter
-from minilora.training.optim import SGD, AdamW, Optimizer, warmup_cosine
+from minilora.training.optim import AdamW, Optimizer
+from minilora.training.schedule import warmup_cosine
+from minilora.training.sgd import SGD
 
 pytestmark = pytest.mark.quick
 
