@@ -159,14 +159,6 @@ def test_device_cuda_without_cupy_is_one_clear_sentence(command, base, monkeypat
     assert "gpu12" in (error := capsys.readouterr().err) and '"cpu"' in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"too short", b"\xff\xfe\x00bad"], ids=["empty", "short", "not utf-8"])
-def test_a_text_that_cannot_be_used(content, base, tmp_path, capsys):
-    (tmp_path / "my.txt").write_bytes(content)
-    assert run("train", "lora", "--base", base, "--data", tmp_path / "my.txt", "--out", tmp_path / "out") == 2
-    assert capsys.readouterr().err.startswith("minilora: error: ")
-    assert not (tmp_path / "out" / "adapter.safetensors").exists()
-
-
 @pytest.mark.parametrize("command", [["compare"], ["train", "lora"], ["pretrain", "--steps", "1"]])
 def test_an_output_folder_that_cannot_be_written(command, base, tmp_path, capsys):
     (tmp_path / "file").write_text("a file, not a folder")
