@@ -10,7 +10,9 @@ import numpy as np
 from ..backend import device_module
 from ..errors import InputError
 
-INSTALL = "pip install 'minilora[gpu13]' for driver 580 or newer, 'minilora[gpu12]' for 525 or newer"
+INSTALL = (
+    "pip install 'minilora[gpu13]' for driver 580 or newer, 'minilora[gpu12]' for 525 or newer (nvidia-smi shows it)"
+)
 
 
 def devices() -> dict:
@@ -44,9 +46,7 @@ def cuda() -> dict:
     except InputError as error:
         cupy, cause = sys.modules.get("cupy"), error.__cause__ or "no card"
     if isinstance(cause, ModuleNotFoundError) and cause.name == "cupy":
-        return found | {
-            "reason": f"CuPy is not installed; with an NVIDIA card, {INSTALL} (nvidia-smi shows the driver)"
-        }
+        return found | {"reason": f"CuPy is not installed; with an NVIDIA card, {INSTALL}"}
     if isinstance(cause, ImportError):
         return found | {"reason": f"CuPy is installed, but importing it fails: {first_line(cause.__cause__ or cause)}"}
     runtime, driver = cupy.cuda.runtime.runtimeGetVersion(), cupy.cuda.runtime.driverGetVersion()

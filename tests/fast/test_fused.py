@@ -14,7 +14,7 @@ import pytest
 import standin_cupy
 from standin_cupy import kernels as emulation
 
-from minilora import ops
+from minilora import ops, plain
 from minilora.engine import Saved, Tensor, backward
 from minilora.fast import fused
 from minilora.nn import Parameter
@@ -149,38 +149,14 @@ def test_a_logit_of_minus_infinity_is_a_probability_of_zero():
     assert not dlogits._host[np.isinf(logits)].any() and dlogits._host.any()
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_logit_that_is_not_finite_reaches_the_loss(bad):
-    logits = normal(3, 5)
-    logits[1, 2] = bad
-    case = "cross_entropy", {"logits": logits}, {"targets": np.array([0, 1, 2])}
-    with np.errstate(all="ignore"):
-        assert not np.isfinite(run(fused_pair("cross_entropy"), case, np.float64, standin_cupy.device)[0]._host)
-
-
 def test_layer_norm_of_a_shifted_row_loses_nothing():
     """The sum of squares less the square of the sum would: in float32 nothing is left of the variance."""
     x, one, zero = (normal(4, 64) + 1e4).astype(np.float32), np.ones(64), np.zeros(64)
     exact = x.astype(np.float64)
     exact = (exact - exact.mean(1, keepdims=True)) / np.sqrt(exact.var(1, keepdims=True) + 1e-5)
-    y, *_ = run(
-        fused_pair("layer_norm"), ("layer_norm", {"x": x, "g": one, "b": zero}, {}), np.float32, standin_cupy.device
-    )
+    case = "layer_norm", {"x": x, "g": one, "b": zero}, {}
+    y, *_ = run(fused_pair("layer_norm"), case, np.float32, standin_cupy.device)
     np.testing.assert_allclose(y._host, exact, atol=3e-3)  # an entry of 1e4 is itself rounded to 1e-3
-
-
-MISTAKES = {
-    "layer_norm": (lambda f, a: f(None, a(2, 3), a(4), a(4)), r"layer_norm: x \(2, 3\), g \(4,\)"),
-    "attention": (lambda f, a: f(None, a(4, 6), a(4, 6), a(4, 6), batch=3, heads=1), "do not divide .* batch of 3"),
-    "cross_entropy": (lambda f, a: f(None, a(2, 3), targets=np.array([0, 3])), "ids run from 0 to 3"),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_the_error_is_that_of_the_plain_form(name):
-    f, message = MISTAKES[name]
-    with pytest.raises(ops.InputError, match=message):
-        f(fused_pair(name)[0], lambda *shape: standin_cupy.device(np.ones(shape)))
 
 
 # -------------------------------------------------------------------------------- who uses them
@@ -212,12 +188,13 @@ def test_the_host_and_complex_arrays_take_the_plain_form():
     assert not launched()
 
 
-def adamw(put, dtype, scale=16.0, **options):
+def adamw(put, dtype, scale=16.0):
     params = {"W": Parameter(put(normal(3, 4).astype(dtype)), lr_scale=scale), "b": Parameter(put(np.ones(5, dtype)))}
-    optimizer = AdamW(params, 1e-2, weight_decay=0.1, clip=1.0, eps=1e-6, betas=(0.8, 0.99), **options)
+    optimizer = AdamW(params, 1e-2, weight_decay=0.1, clip=1.0, eps=1e-6, betas=(0.8, 0.99))
     for step in range(20):
         optimizer.grad[...] = put(normal(17, seed=step).astype(dtype))
-        optimizer.step()
+        with plain() if put is np.asarray else contextlib.nullcontext():
+            optimizer.step()
         optimizer.lr *= 0.9
     return [getattr(a, "_host", a) for a in (optimizer.data, optimizer.m, optimizer.v)]
 

@@ -15,7 +15,6 @@ from minilora import GPT, AdamW, GPTConfig, adapt, backward, merge, methods, no_
 from minilora.backend import fetch, to_host
 from minilora.errors import InputError, TrainingStopped
 from minilora.surgery import unload
-from minilora.tools.gradcheck import gradcheck
 
 ROOT = Path(__file__).parents[2]
 
@@ -143,7 +142,7 @@ def test_every_name_and_keyword_is_cupy_s():
                 assert {*keywords.split()} <= signature_of_cupy(function), name
     for name in vars(standin_cupy.module()):
         assert hasattr(real, name) or name.startswith("__"), name
-    for name in [*standin_cupy.ATTRIBUTES, *(n for n in vars(ndarray) if n not in ("_host", "_base", "__dict__"))]:
+    for name in vars(ndarray):
         assert hasattr(real.ndarray, name) or name.startswith("__"), name
     assert callable(real.cuda.runtime.getDeviceCount) and callable(real.add.at) and callable(real.linalg.pinv)
 
@@ -250,12 +249,6 @@ def test_a_gradient_that_was_added_moves_too(cupy):
     backward(gpt.loss(*batch()))
     backward(gpt.to("cuda").loss(*batch()))
     assert all(type(p.grad) is ndarray for p in gpt.trainable().values())
-
-
-def test_the_gradient_check_computes_on_the_device(cupy):
-    x = cupy.asarray(np.array([1.0, 2.0]))
-    assert gradcheck(lambda x: (x * x).sum(), {"x": 2.0 * x}, {"x": x})
-    assert not gradcheck(lambda x: (x * x).sum(), {"x": 3.0 * x}, {"x": x})
 
 
 def test_numbers_are_fetched_together(cupy):

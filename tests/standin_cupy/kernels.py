@@ -62,7 +62,7 @@ class Kernel:
 
     def __init__(self, in_params, out_params, name):
         inputs, outputs = ([p.split() for p in text.split(",")] for text in (in_params, out_params))
-        self.inputs, self.params, self.name = len(inputs), inputs + outputs, name
+        self.inputs, self.params, self.name, self.sources = len(inputs), inputs + outputs, name, {}
 
     def take(self, args):
         """(host arrays and numbers, the dtype of each letter) of a launch, refused as CuPy refuses them."""
@@ -94,8 +94,10 @@ class Kernel:
         signatures.add((self.name, *signature))
         launches.append(self.name)
         if rows and n:
-            name, text = self.source(*signature)
-            build({name: text})
+            if signature not in self.sources:
+                self.sources[signature] = self.source(*signature)
+                build(dict([self.sources[signature]]))
+            name, _ = self.sources[signature]
             compiled[name]((ctypes.c_void_p * len(ready))(*(a.ctypes.data for a in ready)), rows, n)
         for host, array in zip(hosts[self.inputs :], ready[self.inputs :], strict=True):
             if array is not host:
