@@ -1,25 +1,23 @@
-"""The floor under a LoRA step: its matrix products alone, beside the whole step of minilora.
+"""The floor under a LoRA step: the time of its matrix products alone, and of a whole step of minilora.
 
-A step cannot take less time than its matrix products do, so step ÷ floor says how much is left to gain: a little more
-where products are joined, as those of q, k and v can be; here each is one by itself. Counted are the products of one
-step with LoRA (r = 8) on the six linears of each block:
+A step cannot take less time than its matrix products, so step ÷ floor shows how much is left to gain. Counted are the
+products of one step with LoRA (r = 8) on the six linears of each block:
 
-- wide: y = x Wᵀ and dx = dy W of each linear; the first block's q, k, v have no dx, nobody below them is trained
-- low rank: h = x Aᵀ, dh = dy B, dB = dyᵀ h, dA = dhᵀ x of each linear. The other two of LoRA's formulas, h Bᵀ and
-  dh A, can be had within the wide ones, from the weight W + s B A, for a product of r / N times a wide one's work
+- linears: y = x Wᵀ and dx = dy W; the first block's q, k, v have no dx, since nothing before them is trained
+- low rank: h = x Aᵀ, dh = dy B, dB = dyᵀ h, dA = dhᵀ x. The other two of LoRA's formulas, h Bᵀ and dh A, can be had
+  within those of the linears, from the weight W + s B A, for a fraction r / N of their work
 - attention: S = k qᵀ, y = Pᵀ v, dv = P dy, dP = v dyᵀ, dq = dSᵀ k, dk = dS q for each sample and head, in blocks of 64
   queries, each with the keys up to its end: 3/4 of the whole square at T = 128, 10/16 at 256, all of it up to 64
 - logits: x Wᵀ and dx = dlogits W
 
-Not counted: W + s B A itself, sums, softmax, all other operations, allocation. Each product writes to a buffer that
-was allocated before, and arrays are about as cold as in a step: what a step keeps for backward has a buffer for each
-layer, met in a step's order; what it frees at once is scratch that all layers share. For each shape the fastest way
-known is taken, by a trial: whole, or as a stack of 64 or 256 rows, which small and thin products gain by.
+Not counted: W + s B A, sums, softmax, all other operations, allocation. Each product writes to an existing buffer, and
+arrays are about as cold as in a step: an array that a step keeps for backward has a buffer of its own, met in a step's
+order, and all others are scratch that the layers share. A product is taken whole or as a stack of parts of 64 rows,
+whichever was faster in a trial.
 """
 
 import json
 import time
-from functools import partial
 from pathlib import Path
 
 from shapes import SIZES, R
@@ -31,124 +29,110 @@ import numpy as np
 BLOCK = 64
 
 
-def buffer(*shape):
-    """Not an empty one: a trial may read what nothing has written yet."""
-    return np.ones(shape, np.float32)
-
-
 class Products:
     """The products of one step at a size, in order. ``run()`` takes them all."""
 
     def __init__(self, vocab, T, d, layers, heads, batch):
-        self.T, self.d, self.heads, self.batch, self.N = T, d, heads, batch, batch * T
-        self.calls, self.flops, self.best, self.shared, self.rng = [], 0, {}, {}, np.random.default_rng(0)
-        self.arriving = {n: self.normal(self.N, n) for n in (d, 4 * d)}  # dy
+        self.T, self.heads, self.batch, self.N = T, heads, batch, batch * T
+        self.calls, self.flops, self.stacked, self.shared, self.rng = [], 0, {}, {}, np.random.default_rng(0)
         undo = []  # the backward of each layer, which comes in reverse
         for layer in range(layers):
             x1, x2, gelu = self.normal(self.N, d), self.normal(self.N, d), self.normal(self.N, 4 * d)
-            (q, undo_q), (k, undo_k), (v, undo_v) = (self.linear(x1, d, layer > 0, kept=True) for _ in range(3))
+            (q, undo_q), (k, undo_k), (v, undo_v) = (self.linear(x1, d, layer > 0) for _ in range(3))
             y, undo_attention = self.attention(q, k, v)
             undo += [undo_q, undo_k, undo_v, undo_attention]
             undo += [self.linear(x, d_out)[1] for x, d_out in ((y, d), (x2, 4 * d), (gelu, d))]
-        x, W = self.normal(self.N, d), self.normal(vocab, d)
-        self.product(self.product(x, W.T), W)
+        x, W, logits = self.normal(self.N, d), self.normal(vocab, d), self.scratch(self.N, vocab)
+        self.product(x, W.T, logits)
+        self.product(logits, W, self.scratch(self.N, d))
         for function in reversed(undo):
             function()
 
     def run(self):
-        for call in self.calls:
-            call()
+        for a, b, out, sum_out in self.calls:
+            np.matmul(a, b, out=out)
+            if sum_out is not None:
+                np.add.reduce(out, axis=0, out=sum_out)
 
     def normal(self, *shape):
         return self.rng.standard_normal(shape, np.float32)
 
-    def linear(self, x, d_out, need_dx=True, kept=False):
-        """(y, the function that adds backward's products)."""
-        d_in, normal = x.shape[1], self.normal
-        W, A, B, dy = normal(d_out, d_in), normal(R, d_in), normal(d_out, R), self.arriving[d_out]
-        h, y = self.product(x, A.T, kept=True), self.product(x, W.T, kept)
-
-        def undo():
-            dh = self.product(dy, B)
-            self.product_over_rows(dy, h)  # dB
-            self.product_over_rows(dh, x)  # dA
-            if need_dx:
-                self.product(dy, W)
-
-        return y, undo
-
     def scratch(self, *shape, role=None):
         """A buffer that all layers share; ``role`` tells apart two of one shape that are in use at once."""
-        if (role, shape) not in self.shared:
-            self.shared[role, shape] = buffer(*shape)
-        return self.shared[role, shape]
+        return self.shared.setdefault((role, shape), np.ones(shape, np.float32))
 
-    def product(self, a, b, kept=False):
-        """a (N, K) @ b (K, M): the result's buffer."""
-        (N, K), M = a.shape, b.shape[1]
-        out, forms = buffer(N, M) if kept else self.scratch(N, M), {}
-        for rows in {N, 64, 256}:
-            if N % rows == 0:
-                forms[rows] = partial(np.matmul, a.reshape(-1, rows, K), b, out=out.reshape(-1, rows, M))
-        self.add(2 * N * K * M, self.fastest((a.shape, b.shape, b.flags.c_contiguous), forms))
-        return out
+    def linear(self, x, d_out, need_dx=True):
+        """(y, the function that adds backward's products)."""
+        N, d_in = x.shape
+        W, A, B, dy = self.normal(d_out, d_in), self.normal(R, d_in), self.normal(d_out, R), self.scratch(N, d_out)
+        h, y, dh = np.ones((N, R), np.float32), np.ones((N, d_out), np.float32), self.scratch(N, R, role="dh")
+        self.product(x, A.T, h)
+        self.product(x, W.T, y)
 
-    def product_over_rows(self, a, b):
-        """aᵀ b, with a (N, K), b (N, M): a sum over the rows, whole or over 64 at a time."""
-        (N, K), M = a.shape, b.shape[1]
-        out, forms = self.scratch(K, M, role="sum"), {}
-        forms["whole"] = partial(np.matmul, a.T, b, out=out)
-        if N % BLOCK == 0:
-            n, parts = N // BLOCK, self.scratch(N // BLOCK, K, M, role="parts")
-            at, b3 = a.reshape(n, BLOCK, K).swapaxes(1, 2), b.reshape(n, BLOCK, M)
-            forms["stack"] = lambda: np.add.reduce(np.matmul(at, b3, out=parts), axis=0, out=out)
-        self.add(2 * N * K * M, self.fastest((a.shape, b.shape, "rows"), forms))
+        def undo():
+            self.product(dy, B, dh)
+            self.product(dy.T, h, self.scratch(d_out, R))  # dB
+            self.product(dh.T, x, self.scratch(R, d_in))  # dA
+            if need_dx:
+                self.product(dy, W, self.scratch(N, d_in, role="dx"))
+
+        return y, undo
 
     def attention(self, q, k, v):
         """(y, the function that adds backward's products)."""
-        T, heads, d = self.T, self.heads, self.d
-        y, dy, dq = buffer(self.N, d), self.arriving[d], self.scratch(self.N, d)
-        shape = self.batch, T, heads, d // heads
-        qh, kh, vh, yh, dyh, dqh = (a.reshape(shape).transpose(0, 2, 1, 3) for a in (q, k, v, y, dy, dq))
-        blocks = [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
-        P = [[buffer(heads, end, end - start) for start, end in blocks] for _ in range(self.batch)]
-
-        def add(a, b, out):
-            self.add(2 * out.size * a.shape[-1], partial(np.matmul, a, b, out=out))
-
+        T, heads, (N, d) = self.T, self.heads, q.shape
+        y, dy, dq = np.ones((N, d), np.float32), self.scratch(N, d), self.scratch(N, d, role="dx")
+        split = self.batch, T, heads, d // heads
+        qh, kh, vh, yh, dyh, dqh = (a.reshape(split).transpose(0, 2, 1, 3) for a in (q, k, v, y, dy, dq))
+        blocks = []  # scores, keys, queries, values, and the blocks' y, dy, dq
         for i in range(self.batch):
-            for j, (start, end) in enumerate(blocks):
-                keys, values, queries = kh[i, :, :end], vh[i, :, :end], qh[i, :, start:end]
-                add(keys, queries.swapaxes(1, 2), P[i][j])
-                add(P[i][j].swapaxes(1, 2), values, yh[i, :, start:end])
+            for start in range(0, T, BLOCK):
+                end = min(start + BLOCK, T)
+                P, rows = np.ones((heads, end, end - start), np.float32), slice(start, end)
+                keys, values = kh[i, :, :end], vh[i, :, :end]
+                blocks.append((P, keys, qh[i, :, rows], values, yh[i, :, rows], dyh[i, :, rows], dqh[i, :, rows]))
+                self.add(keys, qh[i, :, rows].swapaxes(1, 2), P)
+                self.add(P.swapaxes(1, 2), values, yh[i, :, rows])
 
         def undo():
-            for i in range(self.batch):
-                for j, (start, end) in enumerate(blocks):
-                    keys, values, queries = kh[i, :, :end], vh[i, :, :end], qh[i, :, start:end]
-                    dyb, dS = dyh[i, :, start:end], self.scratch(*P[i][j].shape, role="dS")
-                    add(P[i][j], dyb, self.scratch(*values.shape))
-                    add(values, dyb.swapaxes(1, 2), dS)
-                    add(dS.swapaxes(1, 2), keys, dqh[i, :, start:end])
-                    add(dS, queries, self.scratch(*keys.shape))
+            for P, keys, queries, values, _, dy, dq in blocks:
+                dS = self.scratch(*P.shape, role="dS")
+                self.add(P, dy, self.scratch(*values.shape))
+                self.add(values, dy.swapaxes(1, 2), dS)
+                self.add(dS.swapaxes(1, 2), keys, dq)
+                self.add(dS, queries, self.scratch(*keys.shape))
 
         return y, undo
 
-    def add(self, flops, call):
-        self.calls.append(call)
-        self.flops += flops
+    def product(self, a, b, out):
+        """a @ b, whole or in parts of 64 rows; where the sum runs over the N rows, the parts are added up."""
+        whole, key = (a, b, out, None), (a.shape, b.shape, b.flags.c_contiguous)
+        (n, K), M = a.shape, b.shape[1]
+        if K == self.N and K % BLOCK == 0:
+            parts = self.scratch(K // BLOCK, n, M, role="parts")
+            at = a.T.reshape(-1, BLOCK, n).swapaxes(1, 2)
+            stack = at, b.reshape(-1, BLOCK, M), parts, out
+        elif n % BLOCK == 0:
+            stack = a.reshape(-1, BLOCK, K), b, out.reshape(-1, BLOCK, M), None
+        else:
+            stack = whole
+        if key not in self.stacked:
+            self.stacked[key] = least(stack) < least(whole)
+        self.add(*(stack if self.stacked[key] else whole))
 
-    def fastest(self, shape, forms):
-        """The fastest of ``forms``, functions by name; tried once for each shape, three calls of each."""
-        if shape not in self.best:
-            seconds = dict.fromkeys(forms, float("inf"))
-            for _ in range(3):
-                for name, call in forms.items():
-                    start = time.perf_counter()
-                    call()
-                    seconds[name] = min(seconds[name], time.perf_counter() - start)
-            self.best[shape] = min(seconds, key=seconds.get)
-        return forms[self.best[shape]]
+    def add(self, a, b, out, sum_out=None):
+        self.calls.append((a, b, out, sum_out))
+        self.flops += 2 * out.size * a.shape[-1]
+
+
+def least(call, times=3):
+    """The least seconds of a product."""
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        np.matmul(call[0], call[1], out=call[2])
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def measure(size, rounds):
@@ -168,15 +152,11 @@ def main():
     options.add_argument("--json", type=Path, help="a file for all that was measured")
     args = options.parse_args()
     print_machine()
-    print("| size | products alone, ms |     GF | GF/s | minilora step, ms | step ÷ floor |")
-    print("|------|-------------------:|-------:|-----:|------------------:|-------------:|")
     results = {}
     for size in args.sizes:
         row = results[size] = measure(SIZES[size], args.rounds)
-        print(f"| {size:4} | {row['products_ms']:18.2f} | {row['gigaflop']:6.2f}", end=" ")
-        print(
-            f"| {row['gflops_per_second']:4.0f} | {row['step_ms']:17.2f} | {row['step_over_floor']:12.2f} |", flush=True
-        )
+        print(f"{size}: products {row['products_ms']:.2f} ms, {row['gflops_per_second']:.0f} GF/s;", end=" ")
+        print(f"step {row['step_ms']:.2f} ms, {row['step_over_floor']:.2f} times as long", flush=True)
     if args.json:
         report = {"machine": machine(), "rounds": args.rounds, "results": results}
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ import minilora
 from minilora import ops
 from minilora.engine import Operation, Saved
 from minilora.fast.heap import keep_heap
+from minilora.fast.products import product
 from minilora.nn import Parameter
 
 VOCABULARY, T, D, LAYERS, HEADS, BATCH = SIZES["M"]
@@ -99,3 +100,13 @@ def test_adamw(benchmark, side):
     assert_same([moved["fast"]], [moved["plain"]])
     benchmark.group = "AdamW step"
     benchmark(steps[side])
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_thin_product(benchmark, side):
+    """h = x Aᵀ of LoRA."""
+    x, A = normal(N, 4 * D), normal(R, 4 * D)
+    functions = {"fast": lambda: product(x, A.T), "plain": lambda: x @ A.T}
+    assert_same([functions["fast"]()], [functions["plain"]()])
+    benchmark.group = "thin product"
+    benchmark(functions[side])

@@ -1,9 +1,9 @@
-"""One training step of minilora beside the same step of PyTorch + Hugging Face PEFT: times, memory, a table, a figure.
+"""One training step of minilora and the same step of PyTorch + Hugging Face PEFT: times, memory, a table, a figure.
 
 A step is forward, backward and AdamW on the six linears of every block, float32, r = 8, alpha = 16, no dropout, no
 weight decay. The two sides are processes of their own. They first take five steps from the same weights on the same
 batch and must show the same losses; then they are timed in turns, A B A B …, so that a busy moment of the machine
-falls on both. README.md beside this file says how to run it, and what is fair about it and what is not.
+falls on both. README.md in this folder says how to run it, and what is fair about it and what is not.
 """
 
 import argparse

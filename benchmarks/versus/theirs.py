@@ -150,8 +150,8 @@ class Model(Timed):
         _, positions, d, layers, heads, _ = SIZES[self.size]
         new, past, tokens = self.ids[:1, :prompt], 0, []
         with torch.inference_mode():
-            buffer = lambda: torch.empty(1, heads, positions, d // heads)
-            caches = [(buffer(), buffer()) for _ in range(layers)]
+            shape = 1, heads, positions, d // heads
+            caches = [(torch.empty(shape), torch.empty(shape)) for _ in range(layers)]
             for _ in range(n):
                 logits = self.net(new, caches=caches, past=past)
                 past += new.shape[1]
