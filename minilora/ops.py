@@ -85,11 +85,8 @@ def layer_norm_forward(need, x, g, b, *, eps=1e-5):
     r = 1.0 / array_module(x).sqrt(mean(centred * centred) + eps)  # F1
     x_hat = centred * r  # F2
     y = g * x_hat + b  # F3
-    return y, {
-        "x_hat": x_hat if need.x or need.g else None,
-        "r": r if need.x else None,
-        "g": g if need.x else None,
-    }
+    x_hat = x_hat if need.x or need.g else None
+    return y, {"x_hat": x_hat, "r": r if need.x else None, "g": g if need.x else None}
 
 
 def layer_norm_backward(need, dy, saved):
@@ -98,15 +95,12 @@ def layer_norm_backward(need, dy, saved):
     B3  dg = Σ_N dy ∘ x̂                               g is used once by every row
     B4  db = Σ_N dy
     """
-    dx, dg, db = None, None, None
+    dx, x_hat = None, saved.get("x_hat")
     if need.x:
-        x_hat = saved.x_hat
         dx_hat = dy * saved.g  # B1
         dx = saved.r * (dx_hat - mean(dx_hat) - x_hat * mean(dx_hat * x_hat))  # B2
-    if need.g:
-        dg = (dy * saved.x_hat).sum(axis=0)  # B3
-    if need.b:
-        db = dy.sum(axis=0)  # B4
+    dg = (dy * x_hat).sum(axis=0) if need.g else None  # B3
+    db = dy.sum(axis=0) if need.b else None  # B4
     return dx, dg, db
 
 
@@ -153,7 +147,7 @@ def attention_forward(need, q, k, v, *, batch, heads):
     check_attention(q, k, v, batch, heads)
     q_, k_, v_ = (split_heads(a, batch, heads) for a in (q, k, v))  # (batch, heads, T, e)
     later = later_positions(q_.shape[2], k_.shape[2], q)  # (Tq, T)
-    S = q_ @ transpose(k_) * (1.0 / math.sqrt(q_.shape[3])) + later  # F1
+    S = q_ @ k_.swapaxes(-1, -2) * (1.0 / math.sqrt(q_.shape[3])) + later  # F1
     P = softmax(S)  # F2
     y = P @ v_  # F3
     return join_heads(y), {"q": q, "k": k, "v": v, "P": P, "batch": batch, "heads": heads}
@@ -168,11 +162,11 @@ def attention_backward(need, dy, saved):
     """
     q, k, v, dy = (split_heads(a, saved.batch, saved.heads) for a in (saved.q, saved.k, saved.v, dy))
     P, scale = saved.P, 1.0 / math.sqrt(q.shape[3])
-    dv = transpose(P) @ dy  # B1
-    dP = dy @ transpose(v)  # B2
+    dv = P.swapaxes(-1, -2) @ dy  # B1
+    dP = dy @ v.swapaxes(-1, -2)  # B2
     dS = P * (dP - (P * dP).sum(axis=-1, keepdims=True))  # B3
     dq = dS @ k * scale  # B4
-    dk = transpose(dS) @ q * scale  # B5
+    dk = dS.swapaxes(-1, -2) @ q * scale  # B5
     return tuple(join_heads(grad) if wanted else None for grad, wanted in zip((dq, dk, dv), need, strict=True))
 
 
@@ -185,10 +179,6 @@ def join_heads(a):
     """(batch, heads, T, e) as (batch · T, heads · e)."""
     batch, heads, T, e = a.shape
     return a.transpose(0, 2, 1, 3).reshape(batch * T, heads * e)
-
-
-def transpose(a):
-    return a.swapaxes(-1, -2)
 
 
 def later_positions(Tq, T, like):
@@ -212,7 +202,8 @@ def cross_entropy_forward(need, logits, *, targets, ignore_index=IGNORE_INDEX):
     Kept: p, targets.
     """
     targets, weight = check_targets(logits, targets, ignore_index)
-    xp, rows = array_module(logits), range_of(logits)
+    xp = array_module(logits)
+    rows = xp.arange(len(logits))
     logits = xp.where(weight[:, None] != 0.0, logits, 0.0)  # an ignored row may hold anything, NaN too
     shifted = logits - logits.max(axis=1, keepdims=True)
     exp = xp.exp(shifted)
@@ -227,12 +218,8 @@ def cross_entropy_backward(need, dy, saved):
     """B1  dlogits = (p − onehot(targets)) / count     for the counted rows, 0 for the others"""
     weight = dy * saved.weight
     dlogits = saved.p * weight[:, None]
-    dlogits[range_of(saved.p), saved.targets] -= weight
+    dlogits[array_module(dy).arange(len(dlogits)), saved.targets] -= weight
     return (dlogits,)  # B1
-
-
-def range_of(rows):
-    return array_module(rows).arange(len(rows))
 
 
 def dropout_forward(need, x, *, p, rng):
