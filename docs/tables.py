@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+import pictures
+
 from minilora import methods
 from minilora.lab.task import learning_rate
 from minilora.tools import catalogue, methodfile, peft_table
@@ -17,8 +19,6 @@ from minilora.tools.trial import Trial
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-sys.path.insert(0, str(DOCS))
-import pictures  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- (\w+)((?: [^<>]+?)?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
 
@@ -46,16 +46,20 @@ def recorded(path: str):
 # ------------------------------------------------------------------------------------ what a method says about itself
 
 
+def trial(name: str) -> Trial:
+    """The method ``name`` on a layer (17, 31) with rank 7, so that a length tells which axis it is."""
+    return Trial(methods.create(name, **methods.known(name, r=7, start_step=0)), d_in=31, d_out=17)
+
+
 def arrays(name: str) -> list[pictures.Array]:
     """Each array of a layer, ``W`` (the base weight) first, with its shape in letters and its state.
 
     "trained": it gets a gradient; "moved": training changes it without one; "frozen": training never changes it.
     """
-    method = methods.create(name, **methods.known(name, r=7, start_step=0))
-    start = Trial(method, d_in=31, d_out=17)
+    start = trial(name)
     end, trained = start.after(3), start.layer.arrays.trainable()
     letters = {1: "1", 7: "r", 31: "d_in", 17: "d_out"}
-    stated = methodfile.stated_shapes(method)
+    stated = methodfile.stated_shapes(start.method)
 
     def described(array, before, after, shared=False):
         state = "trained" if array in trained else "moved" if (before != after).any() else "frozen"
@@ -150,7 +154,7 @@ def options_table(old: str, *, page: Path) -> str:
 
 def summands(old: str, *, page: Path) -> str:
     """The methods whose update is a low-rank product, so that Adapters.combine() can add them up."""
-    trials = {name: Trial(methods.create(name)) for name in methods.names()}
+    trials = {name: trial(name) for name in methods.names()}
     thin = [n for n, t in trials.items() if not t.method.updates_base and t.method.factors(t.W, t.p) is not None]
     return code(thin)
 
