@@ -190,7 +190,11 @@ def compared(old: str, *names: str, page: Path) -> str:
     beside_peft = {row["method"]: f"{row['ratio_quartiles'][1]:.2f}" for row in timed}
     first = comparison["rows"][0]
     rows = [["before", "", f"{first['loss_b_before']:.3f}", f"{first['loss_a_before']:.3f}", "", "", ""]]
-    for r in (records[name] for name in names):
+    for name in names:
+        if name not in records:
+            rows.append([f"`{name}`", *6 * ["–"]])
+            continue
+        r = records[name]
         rows.append([
             f"`{r['method']}`",
             f"{r['trainable']:,}",
@@ -216,8 +220,17 @@ was forgotten ([settings and samples](../compare.md)). Last column: the time of 
 PyTorch + PEFT, for a model of [size M](../speed.md) on one thread.
 """
     notes = [PEFT_SIDE[name] for name in names if name in PEFT_SIDE]
-    notes += ["– means not timed."] if not set(names) <= set(beside_peft) else []
+    notes += ["– means not measured."] if not set(names) <= set(beside_peft) else []
     return table(head, rows, "lrrrrrr") + words + "".join(f"{note}\n" for note in notes)
+
+
+def picture_block(old: str, *, page: Path) -> str:
+    """The link to the method's picture, with an alt text that says what the picture shows."""
+    name, by_state = page.stem, {}
+    for array in arrays(name) + forward(name):
+        by_state.setdefault(pictures.WORDS[array.state], []).append(array.name)
+    words = "; ".join(f"{', '.join(names)}: {state}" for state, names in by_state.items())
+    return f"\n![The arrays of {name}. {words}]({name}.png)\n"
 
 
 def swept(old: str, *names: str, page: Path) -> str:
@@ -270,6 +283,7 @@ BLOCKS = {
     "reading": reading_order,
     "notebooks": notebooks_table,
     "compared": compared,
+    "picture": picture_block,
     "swept": swept,
     "recorded": kept_and_peak,
 }
