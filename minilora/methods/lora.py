@@ -63,12 +63,13 @@ class LoRA(Adapter):
         dx = dy @ W + dh @ p.A  # (N, d_in) B4
         return dx, {"A": dA, "B": dB}
 
-    def factors(self, W, p):
-        sB = self.scaling * p.B  # (d_out, r)
-        return sB, p.A
-
     def merge(self, W, p):
         return W + (self.scaling * p.B) @ p.A  # (d_out, d_in)
+
+    def factors(self, W, p):
+        """merge(W, p) is W + B A with these two: for other formats, and for adding adapters up."""
+        sB = self.scaling * p.B  # (d_out, r)
+        return sB, p.A
 
     # In PEFT's files: docs/peft.md
     peft, from_peft, is_product = {"peft_type": "LORA"}, True, True

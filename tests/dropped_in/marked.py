@@ -16,6 +16,8 @@ import numpy as np
 
 from .lora import LoRA
 
+Cuts = list[int]  # a name that only this file explains, in an annotation that is text
+
 
 @dataclass(frozen=True)
 class Marked(LoRA):
@@ -23,8 +25,9 @@ class Marked(LoRA):
     shift: float = 0.0
     flipped: bool = False
     wording: str = "none"
-    cuts: list[int] = field(default_factory=list)
+    cuts: Cuts = field(default_factory=list)
     cap: int | None = None
+    table: dict = field(default_factory=dict)  # cannot be hashed
     starts_elsewhere = "B is not zero at the start, so that A learns from step 1"
 
     claims = {"A learns from step 1": lambda t: t.grads.A.any()}

@@ -51,11 +51,17 @@ def good(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(workplace, monkeypatch):
     """A place for a folder; the working folder is above it, so that a command that runs after all leaves its trace."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "folder"
+    monkeypatch.chdir(workplace)
+    yield workplace / "folder"
+    shutil.rmtree(workplace / "folder")
 
 
 def assert_well_said(error, files):
