@@ -76,23 +76,31 @@ def load_gpt2(folder) -> GPT:
         files[0].fail(f"{CONFIG} says n_layer {config.n_layer}, and there are {len(present)} tensors")
     prefix = PREFIX if any(name.startswith(PREFIX) for name in present) else ""
     layout = {prefix + name: entry for name, entry in tensors(config).items()}
-    shapes, embedding = {name: shape for name, (shape, _) in layout.items()}, f"{prefix}wte.weight"
+    shapes = {name: shape for name, (shape, _) in layout.items()}
+    embedding = f"{prefix}wte.weight"
     if HEAD in present:
         shapes[HEAD] = shapes[embedding]
     expected = divide(files, shapes)
     for file, own in zip(files, expected, strict=True):
         file.check(own)
-    model, found = GPT(config), {}
+    model = GPT(config)
+    found = {}
     for file, own in zip(files, expected, strict=True):
         found |= read_arrays(file, model, own)
     if HEAD in found and not np.array_equal(found[HEAD], found[embedding]):
         files[0].fail("differs from wte.weight; gpt.py ties the two", HEAD)
+    put_arrays(model, layout, found)
+    return model
+
+
+def put_arrays(model: GPT, layout: dict, found: dict) -> None:
+    """Put transformers' arrays ``found`` into ``model``, as tensors() says."""
     arrays = {}
     for name, (_, ours) in layout.items():
-        arrays |= dict(zip(ours, np.split(turned(ours, found[name]), len(ours)), strict=True))
+        parts = np.split(turned(ours, found[name]), len(ours))
+        arrays |= dict(zip(ours, parts, strict=True))
     for name, p in model.named_parameters():
         p.data = to_device(np.array(arrays[name], order="C"), array_module(p.data))
-    return model
 
 
 def turned(ours, array):
@@ -114,9 +122,8 @@ def read_config(folder: Path) -> GPTConfig:
     for key, supported in SUPPORTED.items():
         value = found.get(key, supported[0])
         if not any(type(value) is type(good) and value == good for good in supported):  # 1 is not true
-            raise FormatError(
-                path, f"{key} is {shown_json(value)}; supported: {' or '.join(map(json.dumps, supported))}"
-            )
+            names = " or ".join(map(json.dumps, supported))
+            raise FormatError(path, f"{key} is {shown_json(value)}; supported: {names}")
     sizes = {key: found.get(key, default) for key, default in SIZES.items()}
     for key, value in sizes.items():
         if type(value) is not int or not 0 < value < 2**31:
@@ -136,7 +143,7 @@ def open_weights(folder: Path, unread) -> list[TensorFile]:
     if not (folder / INDEX).exists():
         raise FormatError(
             folder / PICKLE,
-            "is a pickle, which can run any code when it is read; load it with transformers, where you trust it, and "
+            "is a pickle, which can run any code when it is read; if you trust it, load it with transformers, whose "
             "save_pretrained() writes model.safetensors",
         )
     path = folder / INDEX
@@ -164,7 +171,7 @@ def save_gpt2(folder, model: GPT) -> None:
     """
     if adapted_layers(model):
         raise InputError(
-            "save_gpt2: this model has adapters; merge_and_unload(model) first, or use save_peft(…, form='merged')"
+            "save_gpt2: this model has adapters; call merge_and_unload(model) first, or use save_peft(…, form='merged')"
         )
     write_gpt2(folder, model.config, {name: to_host(p.data) for name, p in model.named_parameters()})
 

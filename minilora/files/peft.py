@@ -1,8 +1,8 @@
 """Adapters that travel: the files of Hugging Face PEFT, written from a model here and read into one.
 
-A layout says which of our layers make up a module of theirs, one or three. What PEFT calls a method, its
-hyper-parameters and its arrays, the method's own file says, so that no method has code here. A file is data that is
-checked: nothing it says is imported or run.
+A layout says which of our layers make up one of PEFT's modules, one or three. The method's own file says what PEFT
+calls the method, its hyper-parameters and its arrays, so no method has code here. A file that is read is data: all of
+it is checked, and nothing in it is imported or run.
 """
 
 import hashlib
@@ -30,6 +30,7 @@ from .tensorfile import TensorFile, read_arrays, read_bytes, tensor_bytes
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FORMS, NAMES = ("adapter", "lora", "merged"), ("gpt2", "minilora")
 ROOT = "base_model.model."  # in front of the names of a module's arrays
+TRANSPOSED = "fan_in_fan_out"  # the key, of some kinds, that says that weights are (d_in, d_out), as in GPT-2
 CONFIG_DIGEST = "adapter_config_sha256"  # metadata by which a pair of which one file was replaced is recognised
 
 DRAWN = 1 << 27  # the most numbers of shared arrays that a file may leave to its key: 512 MiB
@@ -74,7 +75,6 @@ def save_peft(folder, model, form="adapter", names="gpt2", base=None, save_proje
         "auto_mapping": None,
         "base_model_name_or_path": base,
         "bias": "none",
-        "fan_in_fan_out": names == "gpt2",
         "inference_mode": True,
         "layers_pattern": None,
         "layers_to_transform": None,
@@ -82,6 +82,8 @@ def save_peft(folder, model, form="adapter", names="gpt2", base=None, save_proje
         "target_modules": short_names(layout, everything),
         "task_type": "CAUSAL_LM" if names == "gpt2" else None,
     }
+    if TRANSPOSED in config:
+        config[TRANSPOSED] = names == "gpt2"
     text = json.dumps(config, indent=2, sort_keys=True).encode()
     metadata = {"format": "pt", CONFIG_DIGEST: hashlib.sha256(text).hexdigest()}
     folder = writable_folder(folder)
@@ -97,7 +99,7 @@ def check_request(model, form, names) -> None:
     if not adapted_layers(model):
         raise InputError("save_peft: this model has no adapter; call adapt() first; save_gpt2() saves a base model")
     if names == "gpt2" and not isinstance(model, GPT):
-        raise InputError('save_peft: names="gpt2" are those of a GPT; use names="minilora" for another model')
+        raise InputError('save_peft: names="gpt2" needs a GPT; use names="minilora" for this model')
     if form == "merged" and names != "gpt2":
         raise InputError('save_peft: form="merged" is a model for transformers; leave names at "gpt2"')
 
@@ -222,10 +224,10 @@ def short_names(chosen, among) -> list[str]:
 def load_peft(folder, model):
     """Put the adapter of a folder that PEFT wrote into ``model``, the base model that it was trained on; returns it.
 
-    The kinds of adapter are those of the methods whose files say so. Names are those of GPT2LMHeadModel, of GPT2Model
-    or of minilora. A layer that PEFT has in one with others gets its own rows of the arrays, and a copy of the rest.
-    Raises AdapterFormatError, with the model as it was, for a configuration that cannot be honoured in full, or
-    tensors that are not exactly its own.
+    A file is read as the method whose class says so (``from_peft``). The modules may have the names of GPT2LMHeadModel,
+    of GPT2Model or of minilora. If several layers are one module in PEFT, each gets its own rows of the arrays, and a
+    copy of those without rows. Raises AdapterFormatError, with the model as it was, for a configuration that cannot be
+    honoured in full, or tensors that are not exactly those of the configuration.
     """
     folder = Path(folder)
     text = read_bytes(folder / CONFIG, CONFIG_BYTES, "the adapter_config.json of PEFT", AdapterFormatError)
@@ -234,7 +236,7 @@ def load_peft(folder, model):
     file = open_tensors(folder)
     digest = hashlib.sha256(text).hexdigest()
     if file.metadata.get(CONFIG_DIGEST, digest) != digest:
-        file.fail(f"was written with another {CONFIG} than the one beside it; one of the two was replaced")
+        file.fail(f"was written with a different {CONFIG} than the one next to it; one of the two was replaced")
     kind, scaled = kind_of(folder / CONFIG, config, known[config["peft_type"]])
     layout, weights = targeted_layout(file, kind, config, model), base_weights(model)
     sizes, parts = module_sizes(layout, weights), shared_rows(kind, layout, weights)
@@ -262,7 +264,7 @@ def open_tensors(folder: Path) -> TensorFile:
     if (folder / PICKLE).exists() and not (folder / TENSORS).exists():
         raise AdapterFormatError(
             folder / PICKLE,
-            "is a pickle, which can run any code when it is read; load it with PEFT, where you trust it, and "
+            "is a pickle, which can run any code when it is read; if you trust it, load it with PEFT, whose "
             f"save_pretrained() writes {TENSORS}",
         )
     return TensorFile(folder / TENSORS, "the adapter_model.safetensors of PEFT", AdapterFormatError)
@@ -334,7 +336,7 @@ def shared_rows(kind, layout, weights) -> dict:
 
 
 def expected(file: TensorFile, methods: dict, sizes: dict, shared: bool) -> dict:
-    """What the file must hold: {PEFT's name: shape}. Raises if it leaves more to its key than a file is worth."""
+    """The tensors that the file must hold: {PEFT's name: shape}. Raises if it leaves too many numbers to its key."""
     method = next(iter(methods.values()))
     kind, widest = type(method), tuple(map(max, zip(*sizes.values(), strict=True)))
     found = {

@@ -22,7 +22,7 @@ REQUIRED = object()
 
 # Keys that change nothing which is computed here.
 IGNORED = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "fan_in_fan_out", "inference_mode", "peft_type",
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "inference_mode", "peft_type",
     "peft_version", "revision", "runtime_config", "task_type",
 }  # fmt: skip
 

@@ -77,4 +77,5 @@ class LoRA(Adapter):
     peft_patterns = {"r": "rank_pattern", "alpha": "alpha_pattern"}
     peft_arrays = {"A": ("lora_A.weight", ("r", "d_in")), "B": ("lora_B.weight", ("d_out", "r"))}
     peft_keys = {"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
-    peft_ignored = {"lora_dropout": 0.0, "eva_config": None, "megatron_core": None, "qalora_group_size": None}
+    peft_ignored = {"lora_dropout": 0.0, "fan_in_fan_out": False}
+    peft_ignored |= dict.fromkeys(("eva_config", "megatron_core", "qalora_group_size"))

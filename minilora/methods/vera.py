@@ -94,7 +94,7 @@ class VeRA(Adapter):
         "A": ("base_model.vera_A", ("r", "d_in")),
         "B": ("base_model.vera_B", ("d_out", "r")),
     }
-    peft_ignored = {"vera_dropout": 0.0, "init_weights": True}
+    peft_ignored = {"vera_dropout": 0.0, "init_weights": True, "fan_in_fan_out": False}
 
 
 def kaiming_uniform(stream, shape):

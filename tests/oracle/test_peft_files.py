@@ -6,11 +6,13 @@ The judge is a transformers GPT-2 with every array random, adapters trained on i
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TorchGPT, assert_close, copy_to_torch, to_numpy, to_torch
+from hra import HRA
 from safetensors.numpy import load_file
 
 import minilora
@@ -323,3 +325,29 @@ def test_peft_goes_on_training_where_we_stopped(folder, tmp_path, name):
             if name == "dora_detached":
                 m = trained[f"{at}.lora_magnitude_vector.default.weight"]
                 assert_close(layer.arrays.m.grad, m, 1e-5, f"{at}: m")
+
+
+def test_a_method_file_that_was_dropped_in_reads_what_peft_trained(tmp_path, monkeypatch):
+    """HRA, of which minilora has nothing but this file: PEFT's tensors here, and ours there."""
+    (tmp_path / "hra.py").write_text(HRA)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "minilora.methods.hra", raising=False)
+    config = minilora.GPTConfig(vocab_size=V, n_positions=T, n_embd=16, n_layer=2, n_head=2)
+    make = lambda: minilora.GPT(config, rng=0)
+    theirs = TorchGPT(config)
+    copy_to_torch(make(), theirs)
+    targets = ["q", "k", "v", "o", "up", "down"]
+    theirs = peft.get_peft_model(theirs, peft.HRAConfig(r=4, target_modules=targets, init_weights=False)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_peft(tmp_path / "theirs", make())
+    assert np.abs(logits(ours) - logits(make())).max() > 0.05
+    save_peft(tmp_path / "again", ours, names="minilora")
+    before, after = (load_file(tmp_path / which / "adapter_model.safetensors") for which in ("theirs", "again"))
+    assert before.keys() == after.keys()
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    again = TorchGPT(config)
+    copy_to_torch(make(), again)
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "again").eval()
+    with torch.no_grad():
+        assert_close(logits(ours), theirs(to_torch(IDS)), 2e-6, "logits")
+        assert_close(theirs(to_torch(IDS)), again(to_torch(IDS)), 0.0, "logits")
