@@ -8,7 +8,6 @@ has the results.
 
 import argparse
 import datetime
-import itertools
 import math
 import shlex
 import statistics
@@ -51,7 +50,7 @@ def options(words=None):
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="time for the timed steps of each side")
     parser.add_argument("--threads", type=int, default=1, help="of NumPy's BLAS")
-    parser.add_argument("--out", type=Path, help="a folder, or a path without ending: .json, .md and .png go there")
+    parser.add_argument("--out", type=Path, help="a folder, or a path without ending: .json and .md go there")
     args = parser.parse_args(words)
     if args.all and (args.sizes or args.batches):
         parser.error("--all chooses --sizes and --batches itself; leave them out")
@@ -182,30 +181,6 @@ def page(seen):
     return "\n\n".join(parts)
 
 
-COLOURS = {"numpy": "#888888", "cupy": "#3b6fa0", "torch": "#c0504d", "compile": "#e09f3e", "graphs": "#7a5195"}
-MARKERS = dict(zip(SIZES, "ovsD^", strict=True))
-
-
-def draw(seen, path):
-    """The time of a step against its work, tokens times numbers of the model: a colour a side, a marker a size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for label, size in itertools.product(COLOURS, MARKERS):
-        timed = [row for row in seen["rows"] if row["size"] == size and row["numbers"] and label in row["sides"]]
-        points = sorted((row["tokens"] * row["numbers"], ms_of(row, label)) for row in timed)
-        if points:
-            name = f"{title(label)}, {size}"
-            axis.plot(*zip(*points, strict=True), marker=MARKERS[size], lw=1.2, color=COLOURS[label], label=name)
-    axis.set(xscale="log", yscale="log", xlabel="tokens in a step × numbers in the model", ylabel="a step, ms")
-    figure.legend(frameon=False, fontsize=7, loc="outside right upper")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 # ------------------------------------------------------------------------------------------------------- the run
 
 
@@ -239,7 +214,6 @@ def run(args):
         print(f"{size}, batch {batch}: {times}", file=sys.stderr)
         if args.out:
             write(seen, page(seen), args.out)
-            draw(seen, args.out.with_suffix(".png"))
     print(page(seen))
 
 

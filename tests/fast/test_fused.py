@@ -8,12 +8,14 @@ import contextlib
 import itertools
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import standin_cupy
 from standin_cupy import kernels as emulation
 
+import minilora
 from minilora import ops, plain
 from minilora.engine import Saved, Tensor, backward
 from minilora.fast import fused
@@ -180,6 +182,16 @@ def test_launches_are_few_and_none_is_waited_for(name):
     backward(y, standin_cupy.device(np.ones(y.shape)))
     assert (forward, len(launched()) - forward) == LAUNCHES[name]
     assert len(standin_cupy.waits) == waited
+
+
+def test_a_step_launches_about_as_often_as_notebook_10_says():
+    text = (Path(__file__).parents[2] / "notebooks" / "10_gpu.py").read_text(encoding="utf-8")
+    (said,) = re.findall(r"^LAUNCHES = (\d+)$", text, re.MULTILINE)
+    gpt = minilora.adapt(minilora.pretrained().to("cuda"), "lora", verbose=False)
+    ids = np.random.default_rng(0).integers(0, 96, (8, 129))
+    standin_cupy.launches.clear()
+    minilora.train(gpt, AdamW(gpt.trainable(), 5e-3), [(ids[:, :-1], ids[:, 1:])], steps=1, progress=False)
+    assert len(standin_cupy.launches) == pytest.approx(int(said), rel=0.1)
 
 
 def test_the_host_and_complex_arrays_take_the_plain_form():

@@ -11,7 +11,7 @@ import pytest
 import standin_cupy
 from standin_cupy import IMPLICIT, LIBRARY, ndarray, waits
 
-from minilora import GPT, AdamW, GPTConfig, adapt, backward, merge, methods, no_grad, pretrained, train
+from minilora import GPT, AdamW, GPTConfig, adapt, backward, merge, methods, no_grad, train
 from minilora.backend import fetch, to_host
 from minilora.errors import InputError, TrainingStopped
 from minilora.surgery import unload
@@ -182,16 +182,6 @@ def test_a_training_is_the_host_s_and_waits_once_a_step(cupy, name):
     assert [Path(file).name for file in waits[:2]] == ["backend.py"] * 2  # fetch
     tokens = [model(name, device).generate(batch()[0][:, :3], 4, 0.0) for device in ("cpu", "cuda")]
     np.testing.assert_array_equal(*tokens)
-
-
-def test_a_step_launches_about_as_often_as_notebook_10_says(cupy):
-    text = (ROOT / "notebooks" / "10_gpu.py").read_text(encoding="utf-8")
-    (said,) = re.findall(r"^LAUNCHES = (\d+)$", text, re.MULTILINE)
-    gpt = adapt(pretrained().to("cuda"), "lora", verbose=False)
-    ids = np.random.default_rng(0).integers(0, 96, (8, 129))
-    standin_cupy.launches.clear()
-    train(gpt, AdamW(gpt.trainable(), 5e-3), [(ids[:, :-1], ids[:, 1:])], steps=1, progress=False)
-    assert len(standin_cupy.launches) == pytest.approx(int(said), rel=0.1)
 
 
 def test_the_page_s_python_runs(cupy):

@@ -26,7 +26,6 @@ HOST = (  # of these files, the tests that are about the host alone
 # The library's files that make Tensors of a test's, or new, numbers.
 BUILDERS = {str(LIBRARY / name) for name in ("nn.py", "gpt.py", "elementary.py", "tools/trial.py")}
 
-
 used = Counter()  # the computations that the library asked for, by test file
 
 
@@ -51,8 +50,9 @@ def pytest_runtest_protocol(item):
 
 
 def pytest_sessionfinish(session):
-    """A file whose tests compute nothing on the device is a hole in the lane."""
-    idle = [file for file, count in used.items() if not count]
+    """A file whose tests compute nothing on the device, or that is not there, is a hole in the lane."""
+    whole = session.config.args_source is session.config.ArgsSource.TESTPATHS and not session.config.option.keyword
+    idle = [file for file in (FILES if whole else list(used)) if not used[file]]
     if idle and session.exitstatus == 0:
         print(f"\nnothing was computed on the device by {', '.join(idle)}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
