@@ -1,6 +1,6 @@
 """The site: Sphinx, MyST notebooks, the furo theme; ``make -C docs``. Nothing on a page comes from elsewhere.
 
-The notebooks are run while the site is built, and a warning is an error.
+The notebooks are shown with their committed outputs, and a warning is an error.
 """
 
 import contextlib
@@ -54,13 +54,8 @@ myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist", "at
 myst_heading_anchors = 4
 myst_dmath_double_inline = True
 
-nb_execution_mode = os.environ.get("MINILORA_NOTEBOOKS", "cache")  # "off" for a quick look at the text
-nb_execution_timeout = 300
-nb_execution_raise_on_error = True
-nb_execution_excludepatterns = ["*.md"]  # the pages' own code blocks are run by the tests
-nb_execution_cache_path = str(HERE / "_build" / "notebook-cache")
+nb_execution_mode = "off"  # pytest -m notebooks runs the notebooks, and the tests run the pages' code blocks
 nb_merge_streams = True
-os.environ["TQDM_DISABLE"] = "1"  # for the kernels: on a page a progress bar is a heap of lines
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -356,7 +356,7 @@ def run_export(args):
         print(f"Written: {args.folder}, a GPT-2 for transformers without any adapter. To load it:")
         print(f'  transformers.GPT2LMHeadModel.from_pretrained("{args.folder}")')
         return
-    flags = [name for name in ("use_rslora", "use_dora") if config.get(name)]
+    flags = [key for key, value in config.items() if key.startswith("use_") and value]
     print(f"Written: {args.folder}, {' with '.join([config['peft_type'], *flags])}, r = {config['r']}. To load it:")
     if args.names == "gpt2":
         print(f'  model = transformers.GPT2LMHeadModel.from_pretrained("{base}")')

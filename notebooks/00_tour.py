@@ -152,9 +152,8 @@ plots.show(
 #
 # ## Merge, and unmerge
 #
-# For inference, $W + \frac{\alpha}{r} BA$ is one matrix: no extra product per token. The result is the same but for
-# rounding, and taking it apart again is exact, because the base was never touched. (We feed 64 tokens: from 128 tokens
-# on, this layer is computed with the merged weight anyway, since that is less work, and there is no difference to see.)
+# For inference, $W + \frac{\alpha}{r} BA$ is one matrix: no extra product per token. The result is the same except for
+# rounding, and taking it apart again is exact, because the base was never touched.
 
 # %%
 ids = held_out[0][0][:1, :64]

@@ -186,10 +186,8 @@ def forward(x, W, A, B, s):
 
 
 # %% [markdown]
-# That is $N r (d_\text{in} + d_\text{out})$ multiplications beside the $N d_\text{in} d_\text{out}$ of the frozen weight.
-# Forming $BA$ takes $r\, d_\text{in} d_\text{out}$, however many tokens there are: less, once $N$ is larger than
-# $d_\text{in} d_\text{out} / (d_\text{in} + d_\text{out})$. So minilora's layer computes $y$ with the merged weight when
-# $N$ is at least $d_\text{in}$ and $d_\text{out}$ (`minilora/fast/shortcut.py`); it is the same $y$ but for rounding.
+# That is $N r (d_\text{in} + d_\text{out})$ multiplications, on top of the $N d_\text{in} d_\text{out}$ of the frozen
+# weight. Forming $BA$ would take $r\, d_\text{in} d_\text{out}$ of them and a matrix as large as $W$, in every step.
 #
 # How many numbers are trained? $r\,(d_\text{in} + d_\text{out})$ instead of $d_\text{in} d_\text{out}$. GPT-2 medium has
 # 24 blocks of width 1024; with $r = 4$ on q and v that makes:

@@ -241,11 +241,11 @@ for name, (tape, one_node, *tensors) in pieces.items():
 
 
 # %%
-def build(method, recompute=(), target_modules="all-linear", **options):
+def build(method, recompute=False, target_modules="all-linear", **options):
     model = minilora.adapt(
         minilora.pretrained(), method, target_modules, verbose=False, **options
     )
-    return model.recompute(*recompute)
+    return model.recompute(recompute)
 
 
 def kept_MiB(model, hold=False):
@@ -275,43 +275,48 @@ for hold in (True, False):
 # Count in numbers, for one block with adapters on all six linear layers. `x` of q, k, v is one array; then follow x of
 # `o`, x of `up`, and x of `down`, which is 4 d wide: 1 + 1 + 1 + 4 = 7.
 #
-# | kept | full | LoRA | LoRA, recompute | LoRA-FA | VeRA | DoRA |
+# | kept | full | LoRA | LoRA-FA | VeRA | DoRA | any, recomputed |
 # | --- | ---: | ---: | ---: | ---: | ---: | ---: |
-# | x of the adapters, N d | 7 | 7 | 1 | 0 | 0 | 7 |
-# | z of DoRA (q, k, v, o, down: d each; up: 4 d), N d | 0 | 0 | 0 | 0 | 0 | 9 |
-# | q, k, v, N d | 3 | 3 | 3 | 3 | 3 | 3 |
-# | GELU, N d | 4 | 4 | 4 | 4 | 4 | 4 |
-# | two layer norms, N d | 2 | 2 | 2 | 2 | 2 | 2 |
-# | **together, N d** | **16** | **16** | **10** | **9** | **9** | **25** |
-# | h, N r | 0 | 6 | 6 | 6 | 6 | 6 |
-# | attention's P, N · heads · T | ¾ | ¾ | 0 | ¾ | ¾ | ¾ |
+# | x of the adapters, N d | 7 | 7 | 0 | 0 | 7 | 0 |
+# | z of DoRA (q, k, v, o, down: d each; up: 4 d), N d | 0 | 0 | 0 | 0 | 9 | 0 |
+# | q, k, v, N d | 3 | 3 | 3 | 3 | 3 | 0 |
+# | GELU, N d | 4 | 4 | 4 | 4 | 4 | 0 |
+# | two layer norms, N d | 2 | 2 | 2 | 2 | 2 | 0 |
+# | the block's input, N d | 0 | 0 | 0 | 0 | 0 | 1 |
+# | **together, N d** | **16** | **16** | **9** | **9** | **25** | **1** |
+# | h, N r | 0 | 6 | 6 | 6 | 6 | 0 |
+# | attention's P, N · heads · T | ¾ | ¾ | ¾ | ¾ | ¾ | 0 |
 #
-# The ¾ is (1 + 64 / T) / 2 at T = 128: attention takes 64 queries at a time, with only the keys that they see. Beside
-# these: 1 / σ (2 N), DoRA's n (9 d), and once for the model the loss, N · (vocabulary + 1) numbers and N targets of 8
-# bytes. With recompute the first block keeps the x of q, k, v, for nothing below it is trained. For the same reason its
-# first norm keeps nothing. The norm behind the last block, which the table leaves out, keeps as much as the first would,
-# so that two norms for each block are right in all.
+# The last column is activation checkpointing (`model.recompute()`): each block saves its input, and computes the rest
+# again when backward gets there. The ¾ is (1 + 64 / T) / 2 at T = 128, because attention takes 64 queries at a time,
+# with only the keys that they see. On top come 1 / σ (2 N), DoRA's n (9 d), and once for the model the loss,
+# N · (vocabulary + 1) numbers and N targets of 8 bytes.
+#
+# Two edge cases cancel out. The first block's first norm keeps nothing, because nothing below it is trained, and the
+# norm after the last block, which the table leaves out, keeps the same amount. So two norms per block are right overall.
 
 # %%
 X = {"full": 7, "lora": 7, "lora_fa": 0, "vera": 0, "dora": 7}
-RECOMPUTE = ("layer_norm", "gelu", "attention")
 
 
 def by_hand(
     method, recompute=False, r=8, N=N, T=T, d=d, heads=heads, layers=layers, vocab=vocab
 ):
     """Bytes kept for backward by one step, by part; adapters on q, k, v, o, up, down."""
-    seen = 0 if recompute else (1 + min(1, 64 / T)) / 2
-    x = min(X[method], 1) if recompute else X[method]
+    loss = N * vocab + N + 2 * N  # a target is 8 bytes, two numbers
+    if recompute:  # the norm after the last block is in no block
+        numbers = {"input of blocks": layers * N * d, "layer norm": N * d + N, "loss": loss}
+        return {part: 4 * size for part, size in numbers.items()}
+    seen = (1 + min(1, 64 / T)) / 2
     numbers = {
-        "x of adapters": layers * x * N * d + (N * d if recompute and x else 0),
+        "x of adapters": layers * X[method] * N * d,
         "h": layers * 6 * N * r if method != "full" else 0,
         "z and n of DoRA": layers * 9 * (N * d + d) if method == "dora" else 0,
         "q, k, v": layers * 3 * N * d,
         "attention's P": layers * seen * N * heads * T,
         "GELU": layers * 4 * N * d,
         "layer norm": layers * 2 * (N * d + N),
-        "loss": N * vocab + N + 2 * N,  # a target is 8 bytes, two numbers
+        "loss": loss,
     }
     return {part: int(4 * size) for part, size in numbers.items()}
 
@@ -328,14 +333,14 @@ rows = {
 print(f"{'bytes':<22}{'by hand':>14}{'the ledger':>14}{'the allocator':>16}")
 for name, (method, recompute) in rows.items():
     total = sum(by_hand(method, recompute, r=64 if method == "vera" else 8).values())
-    audited = audit(build(method, RECOMPUTE if recompute else ()), inputs, targets)
+    audited = audit(build(method, recompute), inputs, targets)
     assert total == audited["total"]
     print(f"{name:<22}{total:>14,}{audited['total']:>14,}{audited['allocator']:>16,}")
 
 # %% [markdown]
 # Three counters. *By hand* is the table above. *The ledger* adds up what the graph's nodes hold. *The allocator* is
 # Python's own tracing of NumPy's memory, from before the forward pass to after it, with only the loss alive: it knows
-# nothing of nodes. The first two agree to the byte; the third adds a few small arrays that are no business of backward.
+# nothing of nodes. The first two agree to the byte; the third adds a few small arrays that backward does not need.
 
 # %%
 per_token = lambda parts: {part: size / N / 1024 for part, size in parts.items() if size}
@@ -353,12 +358,12 @@ plots.show(
         title="What one step keeps, by who keeps it",
     ),
     "Stacked bars: full and LoRA are alike, DoRA keeps half as much again, "
-    "LoRA-FA two thirds, recompute about half.",
+    "LoRA-FA two thirds, and with recompute both keep less than a tenth.",
 )
 
 # %% [markdown]
-# *To see: full fine-tuning and LoRA keep the same, but for h. LoRA-FA saves the blue part, x, but not where nodes hold
-# their inputs. Recomputation saves most of x as well, and attention's P. DoRA pays for z.*
+# **Notice:** full fine-tuning and LoRA keep the same, except for h. LoRA-FA saves the blue part, x, unless nodes hold
+# their inputs. DoRA pays for z. With recompute, the method no longer matters: only each block's input is kept.
 #
 # ## So what does LoRA save? Gradients and optimizer state
 #
@@ -428,7 +433,7 @@ def ratio(vocab, P):
 plots.show(
     plots.lines(
         {
-            "P recomputed, small vocabulary": (contexts, ratio(96, P=False)),
+            "without P, small vocabulary": (contexts, ratio(96, P=False)),
             "P kept in causal blocks, small vocabulary": (contexts, ratio(96, P=True)),
             "P kept in causal blocks, 50,257 tokens": (contexts, ratio(50257, P=True)),
         },
@@ -437,7 +442,7 @@ plots.show(
         ylabel="LoRA ÷ LoRA-FA",
         logx=True,
     ),
-    "A level line at 1.8 where P is recomputed; where P is kept, two lines that fall "
+    "A level line at 1.8 without P; where P is kept, two lines that fall "
     "towards 1 at long contexts.",
 )
 
@@ -447,17 +452,19 @@ plots.show(
 # take a third of the saving at short contexts, and next to nothing of the little that is left at long ones.* This is
 # arithmetic for a shape, not a run: we train no model of this size here.
 #
-# ## LoRA with recompute, and LoRA-FA
+# ## Activation checkpointing, and LoRA-FA
 #
-# Most of the x that LoRA keeps can be made again for little. The x of q, k, v and the x of `up` are results
-# $g \circ \hat x + b$ of layer norms, whose $\hat x$ is kept anyway. The x of `down` is GELU's result, made again from
-# GELU's input, which is then kept instead of $y'(x)$. Only the x of `o`, attention's result, is dear. So
-# `model.recompute("layer_norm", "gelu", "attention")` leaves 10 N d against LoRA-FA's 9.
+# Why keep what can be computed again? `model.recompute()` saves each block's input, N d numbers, and nothing else. When
+# backward reaches a block, the block's forward runs a second time, and its arrays live until backward leaves the block.
+# So what is kept no longer depends on the method. At the peak, one block's share of the table above comes on top.
 
 # %%
 for method in ("lora", "lora_fa"):
-    plain, again = kept_MiB(build(method)), kept_MiB(build(method, RECOMPUTE))
-    print(f"{method:<8} plain {plain:.1f} MiB, all recomputed {again:.1f} MiB")
+    plain, again = kept_MiB(build(method)), kept_MiB(build(method, recompute=True))
+    parts = by_hand(method, layers=1)
+    block = (sum(parts.values()) - parts["loss"]) / 2**20
+    print(f"{method:<8} plain {plain:.1f} MiB, recomputed {again:.1f} MiB", end="")
+    print(f", and {block:.1f} MiB while backward is in a block")
 
 
 def gradients(recompute):
@@ -471,13 +478,13 @@ def gradients(recompute):
 
 
 same = [
-    np.array_equal(a, b) for a, b in zip(gradients(()), gradients(RECOMPUTE), strict=True)
+    np.array_equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True)
 ]
 print(f"gradients equal to the last bit: {sum(same)} of {len(same)}")
 
 # %% [markdown]
-# LoRA with recompute trains A as well, has exactly LoRA's gradient, and keeps 13 % more than LoRA-FA does at its best.
-# What it costs is time: [memory](../docs/memory.md) has both measured side by side.
+# LoRA with recompute trains A as well, has exactly LoRA's gradient, and needs less memory than LoRA-FA without it. The
+# price is time, one more forward pass per step: [memory](../docs/memory.md) has both measured side by side.
 #
 # ## Exercises
 #
@@ -503,10 +510,10 @@ def ledger_says(d, r, T=12):
         model = minilora.adapt(
             minilora.GPT(shape), "dora", ["q", "k", "v", "o"], verbose=False, r=r
         )
-        model.recompute("attention")
         ids = np.zeros((3, T), dtype=int)
         kept.append(kept_bytes(model.loss(ids, ids), model) // 4)
-    return 3 * T, d, r, kept[1] - kept[0]
+    P = 3 * T * 2 * T  # N · heads · T
+    return 3 * T, d, r, kept[1] - kept[0] - P
 
 
 def fits(answer, d, r):
@@ -598,8 +605,8 @@ assess(
 #
 # **3. The longest context.** LoRA with r = 8 on all six linear layers of a model of GPT-2's shape (`**gpt2`), with a
 # vocabulary of 50,257. A batch is one text of T tokens, so N = T. Return the largest T among 64, 128, 192, … for which
-# a step keeps at most `budget` bytes for backward, or 0 where 64 are too many. `by_hand` counts the bytes; `recompute`
-# says whether layer norm, GELU and attention are recomputed.
+# a step keeps at most `budget` bytes for backward, or 0 if 64 are too many. `by_hand` counts the bytes; `recompute`
+# says whether the blocks are recomputed.
 
 
 # %%
@@ -639,6 +646,6 @@ assess(
 #     return T
 # ```
 #
-# With 2 GiB that is 1,600 tokens without recompute and 3,712 with it.
+# With 2 GiB that is 1,600 tokens without recompute and 8,896 with it: then the loss takes most of the memory.
 #
 # </details>

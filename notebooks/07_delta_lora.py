@@ -474,6 +474,7 @@ def follow(rate, momentum, lr=2e-4, steps=12):
         optimizer = minilora.SGD(t.layer.arrays.trainable(), own, momentum)
         for _ in range(steps):
             y = t.layer(minilora.Tensor(t.x))
+            optimizer.zero()
             minilora.backward(y, y.data - t.c)
             optimizer.step()
             t.layer.after_step()

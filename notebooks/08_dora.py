@@ -410,12 +410,11 @@ probe, cosines = next(batches(99)), []
 def look(step, history):
     if (step + 1) % EVERY == 0:
         cosines.append(both_gradients(model, *probe))
-        optimizer.grad.fill(0.0)  # the probe's gradients are none of the training's
 
 
 # For matrices of this size one thread is enough, and sums are rounded alike.
 with threadpool_limits(1):
-    minilora.train(model, optimizer, batches(0), STEPS, warmup=6, callback=look)
+    minilora.train(model, optimizer, batches(0), STEPS, [look], warmup=6)
 moments = np.arange(EVERY, STEPS + 1, EVERY)
 for step, found in zip(moments, cosines, strict=True):
     mean, least = np.mean(found), min(found)
@@ -559,7 +558,7 @@ def points(method, seed, lr=None):
 
     optimizer = minilora.AdamW(model.trainable(), lr or learning_rate(method), clip=1.0)
     with threadpool_limits(1):
-        minilora.train(model, optimizer, batches(seed), STEPS, warmup=6, callback=look)
+        minilora.train(model, optimizer, batches(seed), STEPS, [look], warmup=6)
     return found
 
 

@@ -64,15 +64,15 @@ if reason:
 # ## The array decides
 #
 # There is no global switch. An operation asks the array that it is given for its library, NumPy or CuPy, and calls
-# that. Here is the linear layer, after its check of the shapes:
+# that. Here is layer norm, after its check of the shapes:
 
 # %%
-lines = inspect.getsource(minilora.ops.linear_forward).splitlines()
-first = next(i for i, line in enumerate(lines) if "array_module" in line)
-print(textwrap.dedent("\n".join(lines[first:])))
+lines = inspect.getsource(minilora.ops.layer_norm_forward).splitlines()
+checked = next(i for i, line in enumerate(lines) if "check_layer_norm" in line)
+print(textwrap.dedent("\n".join(lines[checked + 1 :])))
 
 # %% [markdown]
-# `array_module(x)` is `numpy` or `cupy`. The operators `@`, `+=` and `.T` need no module at all, which is why the file
+# `array_module(x)` is `numpy` or `cupy`. The operators `@`, `*` and `.T` need no module at all, which is why the file
 # of a method never names one. So moving the model's arrays moves the computation:
 
 # %%
@@ -227,20 +227,20 @@ plots.show(
         logx=True,
         logy=True,
     ),
-    "On log axes: launches are flat at 3.45 ms, bytes rise with the width, "
-    "multiplications with its square; they cross the launches at a width of about 600.",
+    "On log axes: launches are flat at 2.7 ms, bytes rise with the width, "
+    "multiplications with its square; they cross the launches at a width of about 500.",
 )
 
 # %% [markdown]
-# With these assumptions the shipped model, at a width of 128, pays 3.45 ms for launches and next to nothing for the rest:
+# With these assumptions the shipped model, at a width of 128, pays 2.70 ms for launches and next to nothing for the rest:
 # the card would be idle most of the time. That it would be no faster than a CPU does not follow: above, the CPU takes
-# tens of milliseconds for half the tokens. Multiplications overtake the launches at a width of about 590. What holds on a
+# tens of milliseconds for half the tokens. Multiplications overtake the launches at a width of about 520. What holds on a
 # real card is what [`benchmarks/gpu.py`](../benchmarks/gpu.py) measures; [GPU](../docs/gpu.md) says how to run it, and
 # holds no figure yet.
 #
 # ## Fused kernels
 #
-# So the fewer launches, the better. GELU and its slope are 14 operations on arrays in `ops.py`. As a kernel they are
+# So the fewer launches, the better. GELU and its slope are 21 operations on arrays in `ops.py`. As a kernel they are
 # one launch that reads $x$ once and writes $y$ and the slope:
 
 # %%
@@ -249,11 +249,11 @@ print(f"({inputs}) → ({outputs})\n{code.strip()}")
 
 # %% [markdown]
 # The tags are those of the plain form, which stays the reference. Count what each form reads and writes, in arrays of
-# $x$'s size: the plain one 33 (five of its operations have two arrays as input, the others one, and each writes one).
+# $x$'s size: the plain one 51 (nine of its operations have two arrays as input, the others one, and each writes one).
 
 # %%
 entries = 1024 * 512
-passes = {"plain, 14 launches": 5 * 3 + 9 * 2, "fused, 1 launch": 3}
+passes = {"plain, 21 launches": 9 * 3 + 12 * 2, "fused, 1 launch": 3}
 traffic = {
     name: arrays * entries * 4 / CARD["bytes per second"] * 1e6
     for name, arrays in passes.items()
@@ -262,12 +262,12 @@ plots.show(
     plots.bars(
         traffic, "GELU: bytes over an assumed 10¹² per second", "µs, without the launches"
     ),
-    "Two bars: 69 microseconds for the plain form, 6 for the fused one",
+    "Two bars: 107 microseconds for the plain form, 6 for the fused one",
 )
 
 # %% [markdown]
-# Eleven times fewer bytes, and one launch in place of 14. On a CPU the plain form works through blocks that fit into
-# the cache, and so does not pay for memory each time. Layer norm, softmax, cross-entropy and AdamW are fused in the
+# 17 times fewer bytes, and one launch instead of 21. On a CPU, `minilora/fast/blocked.py` works through blocks that fit
+# into the cache, and so does not pay for memory each time. Layer norm, softmax, cross-entropy and AdamW are fused in the
 # same way; matrix products are left to the card's own library.
 #
 # ## One wait per step

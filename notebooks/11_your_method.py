@@ -155,8 +155,8 @@ print(gradcheck(loss, {"R": h.T @ (dy @ (s * B))}, {"x": x, "R": R}, "dR = hᵀ 
 #
 # ## The file
 #
-# All of it in one file: what is taught and from where, equations with shapes and reasons, what is kept, and one to
-# three claims that can be tried out. The tags at the ends of lines are those of the docstring. We write it into a
+# All of it in one file: what is taught and from where, equations with shapes and reasons, what is kept, the shapes of
+# the arrays (the trained ones first), and one to three claims that can be tried out. The tags at the ends of lines are those of the docstring. We write it into a
 # temporary folder; yours would be `minilora/methods/lora_xs.py`.
 
 # %%

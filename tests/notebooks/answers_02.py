@@ -1,4 +1,4 @@
-"""Right and wrong answers to each exercise of notebooks/02_transformer."""
+"""A right and a wrong answer to each exercise of notebooks/02_transformer."""
 
 ANSWERS = {
     "rms_norm_vjp": (

@@ -1,4 +1,4 @@
-"""Right and wrong answers to each exercise of notebooks/11_your_method."""
+"""A right and a wrong answer to each exercise of notebooks/11_your_method."""
 
 ANSWERS = {
     "diagonal_gradient": (
@@ -26,36 +26,18 @@ def dR_from_dW(dW, A, B, s):
 def rank_for_budget(r, d_in, d_out):
     return min(int((r * (d_in + d_out)) ** 0.5), d_in, d_out)
 """,
-        (
-            """
+        """
 def rank_for_budget(r, d_in, d_out):
     return int((r * (d_in + d_out)) ** 0.5)  # more directions than the layer has
 """,
-            """
-def rank_for_budget(r, d_in, d_out):
-    return min(int((r * (d_in + d_out)) ** 0.5), d_in)  # the inputs alone
-""",
-            """
-def rank_for_budget(r, d_in, d_out):
-    return min(int((r * (d_in + d_out)) ** 0.5), d_out)  # the outputs alone
-""",
-        ),
     ),
     "ia3_backward": (
-        (
-            """
+        """
 def ia3_backward(dy, saved, W, p):
     dl = (dy * saved["z"]).sum(axis=0)
     dx = (dy * p["l"]) @ W
     return dx, {"l": dl}
 """,
-            """
-def ia3_backward(dy, saved, W, p):
-    dl = (dy * saved.z).sum(axis=0)
-    dx = (dy * p.l) @ W
-    return dx, {"l": dl}
-""",
-        ),
         """
 def ia3_backward(dy, saved, W, p):
     dl = (dy * saved["z"]).sum(axis=0)

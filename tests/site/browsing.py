@@ -4,9 +4,12 @@ import json
 import os
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-HTML = Path(os.environ.get("MINILORA_SITE", ROOT / "docs/_build/html"))
-SHOTS = os.environ.get("MINILORA_SHOTS")  # a folder for a picture of every page, for people who want to look
+HTML = Path(os.environ.get("MINILORA_SITE", Path(__file__).parents[2] / "docs/_build/html"))
+
+
+def set_size(browser, width, height):
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
 def requests(browser) -> list[str]:

@@ -4,6 +4,7 @@ import shutil
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from browsing import HTML
@@ -20,11 +21,17 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="session")
-def address():
-    """Of the built site, served on this machine alone."""
+def html() -> Path:
+    """The folder of the built site."""
     if not (HTML / "index.html").exists():
         pytest.skip(f"the site is not built in {HTML}: make -C docs")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=HTML))
+    return HTML
+
+
+@pytest.fixture(scope="session")
+def address(html):
+    """The address of the built site, served on this machine alone."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=html))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
