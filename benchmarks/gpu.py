@@ -50,7 +50,7 @@ def options(words=None):
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="time for the timed steps of each side")
     parser.add_argument("--threads", type=int, default=1, help="of NumPy's BLAS")
-    parser.add_argument("--out", type=Path, help="a folder, or a path without ending: .json, .md and .png go there")
+    parser.add_argument("--out", type=Path, help="a folder, or a path without ending: .json and .md go there")
     args = parser.parse_args(words)
     if args.all and (args.sizes or args.batches):
         parser.error("--all chooses --sizes and --batches itself; leave them out")
@@ -140,7 +140,6 @@ def check(row):
             )
         if not side["losses"][0] - side["losses"][-1] > 100 * TOLERANCE:
             raise Failure(f"{where}: the loss fell too little for the check to mean much: {side['losses']}")
-        side["apart"] = max(distances)
 
 
 # ------------------------------------------------------------------------------------------------------- the report
@@ -150,99 +149,36 @@ def ms_of(row, label):
     return statistics.median(row["sides"][label]["ms"]) if label in row["sides"] else None
 
 
-def quartiles(ms):
-    return statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else 3 * ms
-
-
-def shown(value, form=".2f"):
-    return "–" if value is None else format(value, form)
-
-
 def known(rows):
     """The labels that any row has, in order."""
     seen = {label for row in rows for label in row["sides"]}
     return [label + end for end in ("", TF32) for label in SIDES if label + end in seen]
 
 
-def step_table(rows, end=""):
-    """Median ms of a step; ``end``: of the sides with TF32."""
-    heads = [label for label in known(rows) if label.endswith(TF32) == bool(end)]
-    ours, theirs, out = "cupy" + end, "torch" + end, []
-    beside = {ours, theirs} <= set(heads)
-    for row in rows:
-        ratio = ms_of(row, ours) / ms_of(row, theirs) if {ours, theirs} <= row["sides"].keys() else None
-        cells = [row["size"], str(row["batch"]), f"{row['tokens']:,}", *(shown(ms_of(row, label)) for label in heads)]
-        out.append(cells + [shown(ratio)] * beside)
-    names = [f"{title(label)}, ms:" for label in heads] + ["CuPy ÷ PyTorch:"] * beside
-    return table(["size", "batch:", "tokens:", *names], out)
-
-
-def memory_table(rows):
-    heads = [label for label in known(rows) if label in ON_THE_GPU]
-    pools = lambda row: [row["sides"].get(label, {}).get("pool_bytes") for label in heads]
-    mib = lambda n: shown(None if n is None else n / 2**20, ",.0f")
-    out = [[row["size"], str(row["batch"]), *map(mib, pools(row))] for row in rows]
-    return table(["size", "batch:", *(f"{title(label)}, MiB:" for label in heads)], out)
-
-
-def same_table(rows):
-    heads = ["size", "batch:", "side", "loss of step 1:", "of step 5:", "apart by at most:", "timed steps:"]
-    out = []
-    for row in rows:
-        for label, side in row["sides"].items():
-            (first, *_, last), (q1, _, q3) = side["losses"], quartiles(side["ms"])
-            cells = [row["size"], str(row["batch"]), title(label), f"{first:.4f}", f"{last:.4f}"]
-            cells += [f"{side['apart']:.0e}", str(len(side["ms"])), f"{q1:.2f} … {q3:.2f}"]
-            out.append([*cells, f"{side['first_step_s']:.1f}"])
-    return table([*heads, "quartiles, ms", "first step, s:"], out)
+def table_of(rows, labels, value, unit):
+    """A line for each row, a column for each of ``labels``: ``value(row, label)`` as text, or a dash for None."""
+    heads = ["size", "batch:", "tokens:", *(f"{title(label)}, {unit}:" for label in labels)]
+    cells = [[value(row, label) if label in row["sides"] else "–" for label in labels] for row in rows]
+    first = [[row["size"], str(row["batch"]), f"{row['tokens']:,}"] for row in rows]
+    return table(heads, [a + b for a, b in zip(first, cells, strict=True)])
 
 
 def page(seen):
     """The whole report."""
     rows, facts = seen["rows"], "; ".join(f"{key} {value}" for key, value in seen["machine"].items())
     parts = ["# One training step on a GPU", f"{facts}.", f"```sh\npython benchmarks/{seen['command']}\n```"]
-    how = "Medians. LoRA, r = 8, six linears in each block, AdamW, float32, with TF32 off on all sides."
-    parts += [how, step_table(rows)]
-    if any(label.endswith(TF32) for label in known(rows)):
-        parts += ["With TF32 on:", step_table(rows, TF32)]
+    parts.append("Medians. LoRA, r = 8, six linears in each block, AdamW, float32; the same losses on all sides.")
+    for how, end in (("With TF32 off:", ""), ("With TF32 on:", TF32)):
+        labels = [label for label in known(rows) if label.endswith(TF32) == bool(end)]
+        if labels:
+            parts += [how, table_of(rows, labels, lambda row, label: f"{ms_of(row, label):.2f}", "ms")]
     notes = [f"- {row['size']}, batch {row['batch']}: {note}" for row in rows for note in row["notes"]]
     parts += ["\n".join(notes)] if notes else []
-    if any(label in ON_THE_GPU for label in known(rows)):
-        parts += ["## The most memory taken from the card", memory_table(rows)]
-    return "\n\n".join([*parts, "## The same work", same_table(rows)])
-
-
-COLOURS = {"numpy": "#888888", "cupy": "#3b6fa0", "torch": "#c0504d", "compile": "#e09f3e", "graphs": "#7a5195"}
-MARKERS = dict(zip(SIZES, "ovsD^", strict=True))
-
-
-def draw(seen, path):
-    """The time of a step against its work, tokens times numbers of the model: a colour a side, a marker a size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 4.2))
-    rows = [row for row in seen["rows"] if row["numbers"]]
-    sizes, legend = list(dict.fromkeys(row["size"] for row in rows)), lambda **how: plt.Line2D([], [], **how)
-    timed_without = [label for label in known(rows) if not label.endswith(TF32)]
-    for label in timed_without:
-        for size in sizes:
-            timed = [row for row in rows if row["size"] == size and label in row["sides"]]
-            points = sorted((row["tokens"] * row["numbers"], ms_of(row, label)) for row in timed)
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True), marker=MARKERS[size], markersize=4, linewidth=1.2, color=COLOURS[label]
-                )
-    axis.set(xscale="log", yscale="log", xlabel="tokens in a step × numbers in the model", ylabel="a step, ms")
-    handles = [legend(label=title(label), color=COLOURS[label]) for label in timed_without]
-    handles += [legend(label=s, color="black", linestyle="", marker=MARKERS[s], markersize=4) for s in sizes]
-    axis.legend(handles=handles, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    labels = [label for label in known(rows) if label in ON_THE_GPU]
+    if labels:
+        pool = table_of(rows, labels, lambda row, label: f"{row['sides'][label]['pool_bytes'] / 2**20:,.0f}", "MiB")
+        parts += ["## The most memory taken from the card", pool]
+    return "\n\n".join(parts)
 
 
 # ------------------------------------------------------------------------------------------------------- the run
@@ -278,7 +214,6 @@ def run(args):
         print(f"{size}, batch {batch}: {times}", file=sys.stderr)
         if args.out:
             write(seen, page(seen), args.out)
-            draw(seen, args.out.with_suffix(".png"))
     print(page(seen))
 
 

@@ -4,8 +4,7 @@ A method is mathematics on plain arrays in one file of methods/; what a layer ne
 bias and the optimizer's parameters, is here and knows no method by name.
 """
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from .backend import array_module, to_device, to_host
 from .engine import Saved, Tensor, form, is_recording, record
 from .errors import InputError
 from .nn import Linear, Module, Parameter
+from .options import options_of, plain_value
 
 
 class InPeft:
@@ -40,37 +40,12 @@ class Adapter(InPeft):
     """The contract of a method file: hyper-parameters as fields, and no array, so nothing can hide in it.
 
     ``W (d_out, d_in)`` is the frozen weight, ``x (N, d_in)`` the input, ``p`` the layer's arrays (``p.A``, ``p["A"]``).
+    Each method has shapes, init, forward, backward and merge. All other members have defaults that suit most methods.
     """
 
-    updates_base = False  # True: init or after_step changes W, and the layer gets its own copy of it
-    holomorphic = True  # False: the complex step cannot be taken, and the method's file says why
-    claims = {}  # sentence: function of a claims.Trial that is true where the sentence holds
-
-    def __post_init__(self):
-        """Raises InputError for a rank below 1 or a number that is not finite and positive."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "r" and (not isinstance(value, int) or value < 1):
-                raise InputError(f"{self.name}: r is {value!r}; the rank must be an integer of at least 1")
-            if field.type is int and not (isinstance(value, int) and 0 <= value < 2**32):
-                allowed = "an integer of at least 0 and below 2³²"
-                raise InputError(f"{self.name}: {field.name} is {value!r}; it must be {allowed}")
-            if field.type is float and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-                raise InputError(f"{self.name}: {field.name} is {value!r}; it must be a finite number above 0")
-
-    @property
-    def name(self) -> str:
-        return type(self).__module__.rpartition(".")[2]
-
-    def check_layer(self, layer: str, shape):
-        """Raise InputError where the method cannot adapt a layer of ``shape`` (d_out, d_in)."""
-        r = getattr(self, "r", 1)
-        if r > min(shape):
-            raise InputError(f"{self.name}: r={r} is larger than {layer} allows, {tuple(shape)}: at most {min(shape)}")
-
-    def init_shared(self, shapes, rng) -> dict:
-        """Arrays that all layers share, once per adapt(); ``shapes`` are the layers' (d_out, d_in)."""
-        return {}
+    def shapes(self, d_out, d_in) -> tuple[dict, dict]:
+        """(trainable, buffers): the arrays that init makes, as shapes by name."""
+        raise NotImplementedError(f"{self.name} does not declare the shapes of its arrays")
 
     def init(self, W, rng, shared) -> tuple[dict, dict]:
         """(trainable, buffers): host arrays by name. ``rng`` is seeded by the layer's name, alike for all methods.
@@ -87,19 +62,49 @@ class Adapter(InPeft):
         """(dx (N, d_in), grads): grads has the names of the trainable arrays."""
         raise NotImplementedError
 
-    def surrogate(self, x, W, p, at):
-        """The function of (x, p) whose gradient backward computes at the point p = ``at``: forward's y, as a rule.
-
-        A method whose gradient is by design not the loss's says here what it is the gradient of.
-        """
-        return self.forward(x, W, p)[0]
-
     def merge(self, W, p):
         """The weight (d_out, d_in) that does the same in one product: forward(x) equals x @ merge(W, p).T."""
         raise NotImplementedError
 
+    claims = {}  # sentence: function of a trial.Trial that is true if the sentence holds
+    integers = ()  # names of the buffers that hold integers; they keep their dtype
+    updates_base = False  # True: init or after_step changes W, and the layer gets its own copy of it
+    starts_elsewhere = ""  # the reason why the adapted layer does not start as the base model
+    note = ""  # half a sentence for the table of minilora compare, such as what the method adds in memory
+    holomorphic = True  # False: the complex step cannot be taken, and the method's file says why
+
+    def __post_init__(self):
+        """Raises InputError for a value that its field does not take; see options.plain_value()."""
+        for name, (kind, default) in options_of(type(self)).items():
+            object.__setattr__(self, name, plain_value(self.name, name, kind, default, getattr(self, name)))
+
+    @property
+    def name(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
+
+    def check_layer(self, layer: str, shape):
+        """Raise InputError if the method cannot adapt a layer of ``shape`` (d_out, d_in)."""
+        r = getattr(self, "r", 1)
+        if r > min(shape):
+            raise InputError(f"{self.name}: r={r} is larger than {layer} allows, {tuple(shape)}: at most {min(shape)}")
+
+    def shared_shapes(self, d_out, d_in) -> dict:
+        """The shapes of the arrays that init_shared makes, for layers of at most (d_out, d_in)."""
+        return {}
+
+    def init_shared(self, shapes, rng) -> dict:
+        """Arrays that all layers share, once per adapt(); ``shapes`` are the layers' (d_out, d_in)."""
+        return {}
+
+    def surrogate(self, x, W, p, at):
+        """The function of (x, p) whose gradient backward computes at the point p = ``at``: forward's y, as a rule.
+
+        A method whose gradient is by design not the loss's returns here the function that it differentiates.
+        """
+        return self.forward(x, W, p)[0]
+
     def factors(self, W, p):
-        """(B (d_out, k), A (k, d_in)) with merge(W, p) = W + B A, or None where the update is no thin product."""
+        """(B (d_out, k), A (k, d_in)) with merge(W, p) = W + B A, or None if the update is not a low-rank product."""
         return None
 
     def lr_scale(self, name) -> float:
@@ -126,16 +131,15 @@ class AdaptedLinear(Module):
         base.freeze()
         xp, dtype = array_module(base.W.data), base.W.dtype
         self.shared = shared or {}
-        own = lambda array: own_array(array, xp, dtype)
         W, shared = np.array(to_host(base.W.data)), Saved((k, to_host(a)) for k, a in self.seen().items())
         trainable, buffers = method.init(W, np.random.default_rng(seed), shared)
         self.arrays = Module()
         for name, array in trainable.items():
-            setattr(self.arrays, name, Parameter(own(array), lr_scale=method.lr_scale(name)))
+            setattr(self.arrays, name, Parameter(own_array(array, xp, dtype), lr_scale=method.lr_scale(name)))
         for name, array in buffers.items():
-            setattr(self.arrays, name, Parameter(own(array), requires_grad=False))
+            setattr(self.arrays, name, Parameter(own_array(array, xp, dtype), requires_grad=False))
         if method.updates_base:
-            base.W.data = own(W)
+            base.W.data = own_array(W, xp, dtype)
 
     def seen(self) -> dict:
         """The shared arrays, or this layer's part of them."""
@@ -184,5 +188,10 @@ class AdaptedLinear(Module):
 
 
 def own_array(array, xp, dtype):
-    """A host array as a contiguous one of the model's library and dtype."""
-    return xp.ascontiguousarray(to_device(array, xp), dtype)
+    """A host array as a contiguous one of the model's library and dtype; integers and booleans keep theirs."""
+    return xp.ascontiguousarray(to_device(array, xp), cast_to(array, dtype))
+
+
+def cast_to(array, dtype):
+    """The dtype of ``array`` in a layer of ``dtype``: that one, unless the array holds integers or booleans."""
+    return array.dtype if array.dtype.kind in "iub" else dtype

@@ -8,11 +8,11 @@ from numbers import Real
 
 import numpy as np
 
+from . import methods
 from .adapter import AdaptedLinear, own_array
 from .backend import array_module
 from .errors import InputError, nearest, shown
 from .files.checkpoint import load_adapter
-from .methods.lora import LoRA
 from .nn import Linear, Module
 from .surgery import adapt, adapted_layers, host, linear_layers, parent_of
 
@@ -184,7 +184,9 @@ def weighted_sum(terms: list):
 
 
 def host_products(model: Module, products: dict) -> None:
-    """Adapt the base model by LoRA with scaling 1 and the given (B, A), by path."""
-    host(model, {path: LoRA(r=len(A), alpha=float(len(A))) for path, (_, A) in products.items()})
+    """Adapt the base model by the given (B, A), by path, whose product is the layer's update."""
+    made = {path: methods.low_rank(B, A) for path, (B, A) in products.items()}
+    host(model, {path: method for path, (method, _) in made.items()})
     for path, layer in adapted_layers(model).items():
-        layer.arrays.B.data, layer.arrays.A.data = products[path]
+        for name, array in made[path][1].items():
+            getattr(layer.arrays, name).data = array

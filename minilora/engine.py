@@ -42,16 +42,16 @@ class Saved(dict):
 class Tensor:
     """An array (float or complex) and the Node that its gradient arrives at; ``node`` is None for a constant.
 
-    Raises InputError for integer or other data that has no gradient.
+    Raises InputError for integer or other data that has no gradient, unless ``integers`` allows integers and booleans.
     """
 
     __slots__ = ("data", "node")
     __array_ufunc__ = None  # array + Tensor calls Tensor.__radd__, instead of making one object per entry
 
-    def __init__(self, data, requires_grad=False, node=None):
+    def __init__(self, data, requires_grad=False, node=None, integers=False):
         if isinstance(data, list | tuple | float):
             data = np.asarray(data)
-        if array_module(data) and data.dtype.kind not in "fc":
+        if array_module(data) and data.dtype.kind not in ("fciub" if integers else "fc"):
             raise InputError(f"a Tensor holds floating-point data, got {data.dtype}; use .astype(np.float32) first")
         self.data = data
         self.node = Node() if requires_grad else node

@@ -11,12 +11,12 @@ from .ops import layer_norm, linear
 
 
 class Parameter(Tensor):
-    """A Tensor that the optimizer may train; ``lr_scale`` multiplies its learning rate."""
+    """A Tensor to train; ``lr_scale`` multiplies its learning rate. A frozen one may hold integers."""
 
     __slots__ = ("lr_scale",)
 
     def __init__(self, data, requires_grad=True, lr_scale=1.0):
-        super().__init__(data, requires_grad)
+        super().__init__(data, requires_grad, integers=not requires_grad)
         self.lr_scale = lr_scale
 
     def freeze(self):

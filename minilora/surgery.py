@@ -27,7 +27,7 @@ def adapt(
     Raises InputError for an unknown method or option, a target or pattern that matches nothing, a rank that does not
     fit, or a model that is adapted already; nothing has been changed then.
     """
-    method = methods.create(method, **options) if isinstance(method, str) else method
+    method = methods.create(method, **options)
     chosen = plan(model, method, target_modules, rank_pattern, alpha_pattern)
     host(model, chosen, seed)
     if verbose:

@@ -208,6 +208,9 @@ class LoRAXS(Adapter):
     def scaling(self) -> float:
         return self.alpha / self.r
 
+    def shapes(self, d_out, d_in):
+        return {"R": (self.r, self.r)}, {"A": (self.r, d_in), "B": (d_out, self.r)}
+
     def init(self, W, rng, shared):
         U, sigma, Vt = np.linalg.svd(W, full_matrices=False)
         A = sigma[: self.r, None] * Vt[: self.r]  # (r, d_in) I1

@@ -7,11 +7,11 @@ from pathlib import Path
 from minilora import methods
 from minilora.adapter import Adapter
 from minilora.tools import methodfile
-from minilora.tools.methodfile import TAG, docstring_and_code, kept, tags  # noqa: F401, for the tests
+from minilora.tools.methodfile import TAG, code_tags, docstring_and_code, equations, kept  # noqa: F401, for the tests
 
+DROPPED_IN = Path(__file__).parent / "dropped_in"  # method files that are not in the registry
 TARGET = re.compile(r"^\s+(\w+) [-+*/]?= ")
 ASSIGNMENT = re.compile(r"^(\s+)(\w+) = (.+?)  # (.*)$")
-SHAPE = re.compile(r"^\(([^)]*)\)")
 
 
 def path_of(name: str) -> Path:
@@ -43,10 +43,6 @@ def mutants(source: str):
             yield f"{comment.split()[-1]} {kind}", "\n".join([*lines[:i], broken, *lines[i + 1 :]])
 
 
-def shape_comments(source: str) -> dict[int, tuple]:
-    """The shape that each line's comment states, by line number: {41: ("N", "r")}."""
-    found = {}
-    for number, line in enumerate(source.splitlines(), 1):
-        if "  # " in line and (match := SHAPE.match(line.rsplit("  # ", 1)[1])):
-            found[number] = tuple(part.strip() for part in match[1].split(",") if part.strip())
-    return found
+def tags(text: str, where: str) -> list[str]:
+    """The equation tags of a "docstring" or of "code", in order."""
+    return [tag for tag, _ in equations(text)] if where == "docstring" else code_tags(text)

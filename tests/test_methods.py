@@ -44,12 +44,6 @@ def test_a_claim_that_does_not_hold_is_seen():
 # --------------------------------------------------------------------------------------------------------- LoRA-FA
 
 
-def test_lora_fa_keeps_the_same_for_any_width_and_less_than_lora():
-    kept = [trial("lora_fa").resized(d_in=d).kept_numbers() for d in (5, 50, 500)]
-    assert len(set(kept)) == 1
-    assert trial("lora").resized(d_in=500).kept_numbers() == kept[0] + 5 * 500
-
-
 def test_corrected_gradient_is_the_least_squares_step():
     """argmin over D of ‖s D A − dW‖ is what B2 returns: NumPy's own least squares agrees."""
     t = trial("lora_fa_corrected")
@@ -82,11 +76,6 @@ def test_adam_nearly_hides_the_correction():
 
 def test_lora_plus_with_ratio_1_is_lora():
     assert (trial("lora_plus", lr_ratio=1.0).after(5).merged == trial("lora").after(5).merged).all()
-
-
-def test_lora_plus_scales_the_rate_of_B_alone():
-    t = trial("lora_plus", lr_ratio=7.0)
-    assert {k: p.lr_scale for k, p in t.layer.arrays.trainable().items()} == {"A": 1.0, "B": 7.0}
 
 
 # ------------------------------------------------------------------------------------------------- rsLoRA and PiSSA
@@ -132,9 +121,11 @@ def test_vera_layers_share_one_pair_of_matrices_counted_once():
 
 
 def test_vera_s_key_alone_draws_its_matrices():
-    draw = lambda **o: adapt(Net(), "vera", verbose=False, r=3, **o).shared.A.data
+    def draw(**options):
+        return adapt(Net(), "vera", verbose=False, r=3, **options).shared.A.data
+
     assert (draw() == draw()).all() and not (draw() == draw(projection_prng_key=1)).all()
-    assert (draw() == adapt(Net(), "vera", verbose=False, seed=9, r=3).shared.A.data).all()  # not the run's seed
+    assert (draw() == draw(seed=9)).all()  # not the run's seed
     bound = np.sqrt(6 / 9)  # Kaiming uniform with gain √2: √3 · √2 / √fan_in
     many = adapt(Net(), "vera", verbose=False, r=4000).shared.A.data
     assert np.abs(many).max() <= bound and many.std() == pytest.approx(bound / np.sqrt(3), rel=0.01)
@@ -156,13 +147,6 @@ def test_delta_lora_telescopes_and_its_change_has_rank_2r_at_most(start, adam):
     assert rank(late.W - t.W0) == (3 if start == 0 else 6)
     assert rank(late.merged - t.W0) <= 6  # never high-rank, whatever the title says
     assert (early.W == t.W0).all()
-
-
-def test_delta_lora_from_step_0_under_adam_is_lora_with_a_larger_alpha():
-    delta = trial("delta_lora", start_step=0, alpha=6.0, update_ratio=2.0).after(30, eps=1e-30)
-    lora = trial("lora", alpha=6.0 * (1 + 2.0)).after(30, eps=1e-30)
-    np.testing.assert_allclose(delta.merged, lora.merged, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(delta.p.A, lora.p.A, rtol=1e-9, atol=1e-12)
 
 
 def test_delta_lora_from_step_0_under_sgd_is_that_lora_at_a_smaller_rate():
@@ -228,15 +212,9 @@ def test_the_inner_product_that_the_full_gradient_removes_is_m_times_dm():
     np.testing.assert_allclose(c, p.m * grads["m"], rtol=1e-10, atol=1e-12)
 
 
-def test_dora_and_its_detached_form_keep_the_same_and_differ_in_gradient():
-    kept, gradients = [], []
-    for name in ("dora", "dora_detached"):
-        method, x, W, p, dy = at_random(name)
-        saved = method.forward(x, W, p)[1]
-        kept.append({k: a.shape for k, a in saved.items()})
-        gradients.append(method.backward(dy, Saved(saved), W, p)[1])
-    assert kept[0] == kept[1]
-    full, detached = gradients
+def test_dora_and_its_detached_form_have_gradients_that_differ_in_direction():
+    full, detached = (at_random(name) for name in ("dora", "dora_detached"))
+    full, detached = (m.backward(dy, Saved(m.forward(x, W, p)[1]), W, p)[1] for m, x, W, p, dy in (full, detached))
     np.testing.assert_array_equal(full["m"], detached["m"])
     cosine = (full["A"] * detached["A"]).sum() / np.linalg.norm(full["A"]) / np.linalg.norm(detached["A"])
     assert 0.0 < cosine < 0.99
@@ -265,11 +243,3 @@ def test_a_row_of_zeros_gives_no_nan(name, dtype):
         dx, grads = method.backward(dy, Saved(saved), W, p)
         arrays = [y, dx, method.merge(W, p), *grads.values()]
         assert all(np.isfinite(a).all() for a in arrays) and (y[:, 1] == 0).all()
-
-
-@pytest.mark.parametrize("name", ["dora", "dora_detached"])
-def test_the_norm_is_per_output_row(name):
-    method, _, W, p, _ = at_random(name)
-    V = W + method.scaling * p.B @ p.A
-    np.testing.assert_allclose(method.norm(W, p), np.linalg.norm(V, axis=1), rtol=1e-12)
-    np.testing.assert_allclose(method.merge(W, p), (p.m / np.linalg.norm(V, axis=1))[:, None] * V, rtol=1e-12)

@@ -78,7 +78,6 @@ ELEMENTWISE = {
     ),
     "gelu": ("T x", "T y", GELU + "y = x * half;  // F2"),
     "gelu_and_slope": ("T x", "T y, T slope", GELU + f"y = x * half;  // F2\nslope = {GELU_SLOPE};  // B1"),
-    "gelu_dx": ("T dy, T x", "T dx", GELU + f"T slope = {GELU_SLOPE};  // B1\ndx = dy * slope;  // B2"),
     "later": ("int64 keys, int64 first", "bool later", "later = i % keys > first + i / keys;"),
     "softmax": ("bool later, T top, T total", "T p", "p = later ? T(0) : exp(p - top) / total;  // F2"),
     "softmax_ds": ("T p, T along, T scale", "T ds", "ds = scale * p * (ds - along);  // B3"),

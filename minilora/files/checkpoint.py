@@ -5,14 +5,13 @@ Every save is all or nothing, and every file is checked whole before a model cha
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 
 from .. import methods
 from ..backend import array_module, to_device, to_host
-from ..engine import Saved
-from ..errors import AdapterFormatError, FormatError, InputError, nearest, shown
+from ..errors import AdapterFormatError, InputError, nearest, shown
 from ..gpt import GPT
 from ..surgery import adapted_layers, check_plan, host, linear_layers, shared_shapes
 from .base import FORMAT, TRAINING, fingerprint, host_arrays
@@ -35,14 +34,14 @@ def adapter_metadata(model: GPT, base_fingerprint: str) -> dict:
     layers = adapted_layers(model)
     if not layers:
         raise InputError("save_adapter: this model has no adapter; call adapt() first")
-    describe = lambda layer: {
-        "options": asdict(layer.method),
-        **({"part": {k: [rows.start, rows.stop] for k, rows in layer.part.items()}} if layer.part else {}),
-    }
+    layers_described = {path: {"options": asdict(layer.method)} for path, layer in layers.items()}
+    for path, layer in layers.items():
+        if layer.part:
+            layers_described[path]["part"] = {name: [rows.start, rows.stop] for name, rows in layer.part.items()}
     return {
         "format": FORMAT,
         "method": next(iter(layers.values())).method.name,
-        "layers": json.dumps({path: describe(layer) for path, layer in layers.items()}),
+        "layers": json.dumps(layers_described),
         "base": base_fingerprint,
     }
 
@@ -63,7 +62,8 @@ def load_adapter(path, model: GPT) -> GPT:
     """
     file = TensorFile(path, "an adapter file", AdapterFormatError)
     chosen, parts = read_description(file, FORMAT, model)
-    put_adapter(model, chosen, parts, read_arrays(file, model, adapter_shapes(model, chosen, parts)))
+    arrays = read_arrays(file, model, adapter_shapes(model, chosen, parts), integers=integer_arrays(chosen))
+    put_adapter(model, chosen, parts, arrays)
     return model
 
 
@@ -99,25 +99,19 @@ def read_method(file: TensorFile, path, options):
     if not isinstance(options, dict):
         file.fail(f"the options of the layer {shown(path)} are not a map")
     try:
-        kinds = {name: kind for name, (kind, _) in methods.options(file.metadata["method"]).items()}
-        for name, value in options.items():
-            if name in kinds and (isinstance(value, bool) or not isinstance(value, (kinds[name], int))):
-                file.fail(
-                    f"the option {name} of the layer {shown(path)} is of type {type(value).__name__}; "
-                    f"expected {kinds[name].__name__}"
-                )
         return methods.create(file.metadata["method"], **options)
-    except (InputError, OverflowError) as error:
-        raise error if isinstance(error, FormatError) else file.error(file.path, str(error)) from None
+    except InputError as error:
+        file.fail(f"the layer {shown(path)}: {error}")
 
 
 def read_part(file: TensorFile, path, part, method, d_out):
     """{name: slice} from {name: [start, stop]}: the rows of shared arrays that are the layer's ``d_out`` outputs."""
-    shared = array_shapes(method, "d_out", "d_in")[2]
-    rows = lambda at: isinstance(at, list) and len(at) == 2 and all(type(n) is int and 0 <= n < 2**31 for n in at)
-    good = lambda name, at: shared.get(name, ())[:1] == ("d_out",) and rows(at) and at[1] - at[0] == d_out
-    if not isinstance(part, dict) or not all(good(name, at) for name, at in part.items()):
-        file.fail(f"the part of the layer {shown(path)} is not {d_out} rows [start, stop] of a shared array")
+    here, larger = (method.shared_shapes(n, 1) for n in (d_out, d_out + 1))  # which arrays have a row for each output?
+    by_rows = [name for name in here if here[name][:1] == (d_out,) and larger[name][:1] == (d_out + 1,)]
+    for name, at in part.items() if isinstance(part, dict) else [(None, part)]:
+        pair = isinstance(at, list) and len(at) == 2 and all(type(n) is int and 0 <= n < 2**31 for n in at)
+        if name not in by_rows or not pair or at[1] - at[0] != d_out:
+            file.fail(f"the part of the layer {shown(path)} is not {d_out} rows [start, stop] of a shared array")
     return {name: slice(*at) for name, at in part.items()}
 
 
@@ -174,11 +168,12 @@ def load_training(file: TensorFile, model: GPT, make_optimizer, history, rng):
     trained = sum(
         math.prod(shape)
         for path, method in chosen.items()
-        for shape in array_shapes(method, *linear_layers(model)[path].W.shape)[0].values()
+        for shape in method.shapes(*linear_layers(model)[path].W.shape)[0].values()
     )
     moments = {f"optimizer.{name}": (trained,) for name in ("m", "v")}
     records = {"optimizer.t": (1,)} | {f"history.{name}": (steps,) for name in SERIES}
-    arrays = read_arrays(file, model, adapter_shapes(model, chosen, parts) | moments, records)
+    shapes = adapter_shapes(model, chosen, parts) | moments
+    arrays = read_arrays(file, model, shapes, records, integer_arrays(chosen))
     if arrays["optimizer.t"] != steps:
         file.fail(f"is not the {steps} steps that were taken", "optimizer.t")
     if (arrays["optimizer.v"] < 0.0).any():
@@ -213,22 +208,15 @@ def adapter_shapes(model: GPT, chosen: dict, parts: dict) -> dict:
     found, linears = {}, linear_layers(model)
     for path, method in chosen.items():
         d_out, d_in = linears[path].W.shape
-        trainable, buffers, _ = array_shapes(method, d_out, d_in)
+        trainable, buffers = method.shapes(d_out, d_in)
         found |= {f"{path}.arrays.{name}": shape for name, shape in (trainable | buffers).items()}
         if method.updates_base:
             found[f"{path}.base.W"] = (d_out, d_in)
-    widest = map(max, zip(*shared_shapes(model, chosen, parts), strict=True))
-    *_, shared = array_shapes(method, *widest)
-    return found | {f"shared.{name}": shape for name, shape in shared.items()}
+    largest = map(max, zip(*shared_shapes(model, chosen, parts), strict=True))
+    return found | {f"shared.{name}": shape for name, shape in method.shared_shapes(*largest).items()}
 
 
-def array_shapes(method, d_out, d_in, r=None):
-    """{name: shape} of the trainable arrays, the buffers and the shared arrays, found on a layer of other sizes.
-
-    ``r``, by default the method's own, ``d_out`` and ``d_in`` stand in the shapes as they are given: letters will do.
-    """
-    sizes = {1: 1, 3: r or getattr(method, "r", 3), 5: d_out, 7: d_in}
-    small, W = replace(method, r=3) if hasattr(method, "r") else method, np.eye(5, 7)
-    shared = Saved(small.init_shared([W.shape], np.random.default_rng(0)))
-    groups = (*small.init(W, np.random.default_rng(0), shared), shared)
-    return tuple({name: tuple(sizes[n] for n in a.shape) for name, a in group.items()} for group in groups)
+def integer_arrays(chosen: dict) -> set:
+    """The names, as in adapter_shapes(), of the arrays that hold integers."""
+    own = {f"{path}.arrays.{name}" for path, method in chosen.items() for name in method.integers}
+    return own | {f"shared.{name}" for method in chosen.values() for name in method.integers}

@@ -20,6 +20,7 @@ from .saving import write_atomically
 
 HEADER_BYTES = 1 << 20  # a header of 100 MB would take 1 GB of memory to read; GPT-2 XL's 580 tensors need 60 KB
 DTYPES = ("F64", "F32", "F16", "BF16")  # what a tensor that is read may be; BF16 becomes float32
+INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")  # what a method's buffer of indices or codes may be
 DIGEST = "sha256"  # the metadata's key for the checksum
 LIBRARY = "Error while deserializing header: "  # how the library begins its errors
 
@@ -130,8 +131,11 @@ class TensorFile:
         except SafetensorError as problem:
             self.fail(f"is not {self.what}, or damaged or truncated: {str(problem).removeprefix(LIBRARY)}")
 
-    def check(self, shapes: dict) -> None:
-        """Hold the file to ``shapes`` {name: shape}: those tensors and no others. No array has been read by then."""
+    def check(self, shapes: dict, integers=()) -> None:
+        """Hold the file to ``shapes`` {name: shape}: those tensors and no others. No array has been read by then.
+
+        ``integers``: the names of the tensors that hold integers.
+        """
         for name in self.tensors:
             if name not in shapes:
                 self.fail(f"belongs to nothing in this model{nearest(name, shapes.keys() - self.tensors.keys())}", name)
@@ -139,8 +143,9 @@ class TensorFile:
             if name not in self.tensors:
                 self.fail(f"is missing; the file has {len(self.tensors)} tensors{nearest(name, self.tensors)}", name)
             dtype, found = self.tensors[name]
-            if dtype not in DTYPES:
-                self.fail(f"its dtype is {shown(str(dtype))}; weights are one of {', '.join(DTYPES)}", name)
+            kind, allowed = ("integers", INTEGERS) if name in integers else ("weights", DTYPES)
+            if dtype not in allowed:
+                self.fail(f"its dtype is {shown(str(dtype))}; {kind} are one of {', '.join(allowed)}", name)
             if found != tuple(shape):
                 self.fail(f"is {dtype}{shown_shape(found)}; expected {shown_shape(shape)}", name)
 
@@ -202,14 +207,15 @@ def described(file: TensorFile, key: str):
     return parse_json(file.metadata[key], file.path, key, file.error)
 
 
-def read_arrays(file: TensorFile, model: GPT, shapes: dict, records: dict | None = None) -> dict:
+def read_arrays(file: TensorFile, model: GPT, shapes: dict, records: dict | None = None, integers=frozenset()) -> dict:
     """The arrays of ``file``: ``shapes`` {name: shape} in the dtype of ``model``, ``records`` in their own, no others.
 
-    The shapes are compared before anything is read. Raises for a value that is too large for the model's dtype.
+    Those of ``shapes`` that are in ``integers`` hold integers, in a dtype of their own. The shapes are compared before
+    anything is read. Raises for a value that is too large for the model's dtype.
     """
-    file.check(shapes | (records or {}))
+    file.check(shapes | (records or {}), integers)
     arrays, dtype = file.read(), next(p for _, p in model.named_parameters()).dtype
-    for name in shapes:
+    for name in shapes.keys() - integers:
         with np.errstate(over="ignore"):
             arrays[name] = arrays[name].astype(dtype, copy=False)
         if not np.isfinite(arrays[name]).all():

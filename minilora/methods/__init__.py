@@ -3,12 +3,12 @@
 A file that starts with an underscore is skipped. In each file, the method is the Adapter class defined there.
 """
 
-import dataclasses
 import importlib
 import os
 
 from ..adapter import Adapter
 from ..errors import InputError, nearest, shown
+from ..options import options_of
 
 
 def names() -> list[str]:
@@ -20,34 +20,50 @@ def names() -> list[str]:
 def get(name: str) -> type:
     """The Adapter class of the method ``name``. Raises InputError with the nearest name for an unknown one."""
     if name not in names():
-        raise InputError(f"unknown method {shown(name)}{nearest(name, names())}; there are {', '.join(names())}")
-    module = importlib.import_module(f"{__name__}.{name}")
-    found = [
-        c
-        for c in vars(module).values()
-        if isinstance(c, type) and issubclass(c, Adapter) and c.__module__ == module.__name__
-    ]
+        known = ", ".join(names())
+        raise InputError(f"unknown method {shown(str(name))}{nearest(str(name), names())}; there are {known}")
+    return defined_in(importlib.import_module(f"{__name__}.{name}"), f"methods/{name}.py")
+
+
+def defined_in(module, file: str) -> type:
+    """The Adapter class of a method file's module. Raises InputError unless the file defines exactly one."""
+    classes = [member for member in vars(module).values() if isinstance(member, type) and issubclass(member, Adapter)]
+    found = [cls for cls in classes if cls.__module__ == module.__name__]
     if len(found) != 1:
-        raise InputError(f"methods/{name}.py defines {len(found)} Adapter classes; a method file defines exactly one")
+        raise InputError(f"{file} defines {len(found)} Adapter classes; a method file defines exactly one")
     return found[0]
 
 
 def options(name: str) -> dict:
     """The method's hyper-parameters: name to (type, default)."""
-    return {f.name: (f.type, f.default) for f in dataclasses.fields(get(name))}
+    return options_of(get(name))
 
 
-def create(name: str, /, **values):
-    """The method ``name`` with these hyper-parameters. Raises InputError for one that it does not have."""
-    known = options(name)
+def create(method: str | Adapter, /, **values) -> Adapter:
+    """The method of that name with these hyper-parameters; an Adapter, which has its own already, as it is.
+
+    Raises InputError for a hyper-parameter that the method does not have, or that is given beside an Adapter.
+    """
+    given = isinstance(method, Adapter)
+    name, known = (method.name, options_of(type(method))) if given else (method, options(method))
     for key in values:
         if key not in known:
             have = ", ".join(known) or "none"
             raise InputError(f"{name} has no option {shown(key)}{nearest(key, known)}; its options: {have}")
-    return get(name)(**values)
+    if given and values:
+        raise InputError(
+            f"{method} has its options already, and {', '.join(values)} would be ignored; "
+            f'give the name "{name}" with all its options, or dataclasses.replace(method, …)'
+        )
+    return method if given else get(method)(**values)
 
 
 def known(name: str, /, **values) -> dict:
     """Those of ``values`` that the method ``name`` has as hyper-parameters."""
     have = options(name)
     return {key: value for key, value in values.items() if key in have}
+
+
+def low_rank(B, A) -> tuple[Adapter, dict]:
+    """The method whose update is the product of B (d_out, r) and A (r, d_in), and its arrays: LoRA with scaling 1."""
+    return create("lora", r=len(A), alpha=float(len(A))), {"A": A, "B": B}

@@ -35,6 +35,10 @@ class DeltaLoRA(LoRA):
         ),
     }
 
+    def shapes(self, d_out, d_in):
+        arrays, _ = super().shapes(d_out, d_in)
+        return arrays, {"A_before": arrays["A"], "B_before": arrays["B"], "t": (1,)}
+
     def init(self, W, rng, shared):
         arrays, _ = super().init(W, rng, shared)
         return arrays, {"A_before": arrays["A"], "B_before": arrays["B"], "t": np.zeros(1)}

@@ -40,6 +40,9 @@ class DoRADetached(LoRA):
         ),
     }
 
+    def shapes(self, d_out, d_in):
+        return {"A": (self.r, d_in), "B": (d_out, self.r), "m": (d_out,)}, {}
+
     def init(self, W, rng, shared):
         arrays, _ = super().init(W, rng, shared)
         m = (W * W).sum(axis=1) ** 0.5  # (d_out,)

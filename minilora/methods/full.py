@@ -27,6 +27,9 @@ class Full(Adapter):
         "keeps x alone": lambda t: t.kept_numbers() == t.x.size,
     }
 
+    def shapes(self, d_out, d_in):
+        return {"W": (d_out, d_in)}, {}
+
     def init(self, W, rng, shared):
         return {"W": W.copy()}, {}
 

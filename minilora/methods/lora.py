@@ -39,6 +39,9 @@ class LoRA(Adapter):
     def scaling(self) -> float:
         return self.alpha / self.r
 
+    def shapes(self, d_out, d_in):
+        return {"A": (self.r, d_in), "B": (d_out, self.r)}, {}
+
     def init(self, W, rng, shared):
         d_out, d_in = W.shape
         bound = 1.0 / math.sqrt(d_in)
@@ -60,12 +63,13 @@ class LoRA(Adapter):
         dx = dy @ W + dh @ p.A  # (N, d_in) B4
         return dx, {"A": dA, "B": dB}
 
-    def factors(self, W, p):
-        sB = self.scaling * p.B  # (d_out, r)
-        return sB, p.A
-
     def merge(self, W, p):
         return W + (self.scaling * p.B) @ p.A  # (d_out, d_in)
+
+    def factors(self, W, p):
+        """merge(W, p) is W + B A with these two: for other formats, and for adding adapters up."""
+        sB = self.scaling * p.B  # (d_out, r)
+        return sB, p.A
 
     # In PEFT's files: docs/peft.md
     peft, from_peft, is_product = {"peft_type": "LORA"}, True, True

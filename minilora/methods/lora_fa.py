@@ -28,6 +28,9 @@ class LoRAFA(LoRA):
         "A never moves": lambda t: (t.after(5).p.A == t.p.A).all(),
     }
 
+    def shapes(self, d_out, d_in):
+        return {"B": (d_out, self.r)}, {"A": (self.r, d_in)}
+
     def init(self, W, rng, shared):
         arrays, _ = super().init(W, rng, shared)
         return {"B": arrays["B"]}, {"A": arrays["A"]}

@@ -34,6 +34,9 @@ class LoRAFACorrected(LoRA):
         ),
     }
 
+    def shapes(self, d_out, d_in):
+        return {"B": (d_out, self.r)}, {"A": (self.r, d_in), "C": (self.r, self.r)}
+
     def init(self, W, rng, shared):
         arrays, _ = super().init(W, rng, shared)
         A = arrays["A"]  # (r, d_in)

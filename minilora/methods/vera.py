@@ -44,6 +44,12 @@ class VeRA(Adapter):
     def check_layer(self, layer, shape):
         """Any rank will do: a vector of r numbers is cheap, and the paper's r of 256 to 1024 may be above d."""
 
+    def shapes(self, d_out, d_in):
+        return {"b": (d_out,), "d": (self.r,)}, {}
+
+    def shared_shapes(self, d_out, d_in):
+        return {"A": (self.r, d_in), "B": (d_out, self.r)}
+
     def init_shared(self, shapes, rng):
         max_out, max_in = (max(sizes) for sizes in zip(*shapes, strict=True))
         stream = np.random.RandomState(self.projection_prng_key)

@@ -1,43 +1,57 @@
 """``minilora methods``: what each method trains, keeps for backward and is described as, read from its own file."""
 
 import inspect
+import math
 import re
 import sys
 
 from .. import methods
-from ..files.checkpoint import array_shapes
 from ..gpt import GPT, GPTConfig
-from ..surgery import adapt, count_parameters
+from ..surgery import count_parameters, linear_layers
+from .methodfile import KEPT, stated_shapes
 from .trial import verdicts
 
 
 def catalogue() -> list[dict]:
     """One entry for each method; the counts are for the shipped model's shape and the method's defaults."""
+    model = GPT(GPTConfig())
+    base, linears = count_parameters(model)[1], [linear.W.shape for linear in linear_layers(model).values()]
     entries = []
     for name in methods.names():
-        method = methods.get(name)
-        doc = inspect.getdoc(sys.modules[method.__module__])
-        model = adapt(GPT(GPTConfig()), name, verbose=False)
-        layer, (trainable, total) = model.blocks[0].up, count_parameters(model)
+        method = methods.create(name)
+        doc = inspect.getdoc(sys.modules[type(method).__module__])
+        trained, stored = zip(*(map(count, method.shapes(*shape)) for shape in linears), strict=True)
+        shared = method.shared_shapes(*map(max, zip(*linears, strict=True)))
+        _, buffers = method.shapes(*linears[0])
         entries.append({
             "method": name,
             "title": doc.split("\n")[0].split("   ")[0].rstrip("."),
             "source": [*doc.split("\n")[0].split("   "), ""][1],
             "options": {key: default for key, (_, default) in methods.options(name).items()},
             "trained_arrays": trained_shapes(name),
-            "trainable": trainable,
-            "trainable_percent": 100 * trainable / total,
-            "frozen": sorted(set(layer.p) - set(layer.arrays.trainable())),
+            "trainable": sum(trained),
+            "trainable_percent": 100 * sum(trained) / (base + sum(trained) + sum(stored) + count(shared)),
+            "frozen": sorted({**buffers, **shared}),
             "claims": verdicts(name),
-            "kept": re.search(r"^Kept for backward: (.*)$", doc, re.MULTILINE)[1],
+            "kept": KEPT.search(doc)[1],
         })  # fmt: skip
     return entries
 
 
+def count(shapes: dict) -> int:
+    """How many numbers arrays of these shapes hold."""
+    return sum(map(math.prod, shapes.values()))
+
+
 def trained_shapes(name) -> dict[str, list[str]]:
-    """The trainable arrays of a layer by name, with their shapes in letters: {"A": ["r", "d_in"], …}."""
-    trainable, _, _ = array_shapes(methods.create(name), "d_out", "d_in", "r")
-    return {array: list(shape) for array, shape in trainable.items()}
+    """The trainable arrays of a layer by name, with the shapes that the method's file states: {"A": ["r", "d_in"], …}.
+
+    An array that the file's line "Forward, …:" does not name has the numbers of a layer of the shipped model.
+    """
+    method, width = methods.create(name), GPTConfig().n_embd
+    trainable, _ = method.shapes(4 * width, width)
+    stated = stated_shapes(method)
+    return {array: list(stated.get(array) or map(str, shape)) for array, shape in trainable.items()}
 
 
 def show(entries) -> str:

@@ -3,46 +3,46 @@
 A method that inherits is read with what it inherits, so that the comparison is of methods and not of files.
 """
 
+import ast
 import difflib
-import inspect
 import re
 import sys
+from pathlib import Path
 
 from .. import methods
+from . import methodfile
 
-EQUATION = re.compile(r"^\s*([A-Z]\d+)  (.*)$")
+
+def files_of(name: str) -> list[tuple[type, str]]:
+    """(class, source) of the method ``name`` and of the methods that it inherits from, nearest first."""
+    inside = [cls for cls in methods.get(name).__mro__ if cls.__module__.startswith(f"{methods.__name__}.")]
+    return [(cls, methodfile.read(Path(sys.modules[cls.__module__].__file__))) for cls in inside]
 
 
 def equations(name: str) -> dict[str, list[str]]:
     """The tagged lines of a method by kind (F, B, I, U) without their numbers; an inherited pass brings its own."""
-    method, lines = methods.get(name), []
-    for cls in method.__mro__:
-        doc = inspect.getdoc(sys.modules[cls.__module__]) if cls.__module__.startswith(methods.__name__) else ""
-        found = [m.groups() for line in doc.split("\n") if (m := EQUATION.match(line))]
-        passes = {"F": "forward", "B": "backward"}
-        lines += [
-            (tag, text)
-            for tag, text in found
-            if cls is method
-            or (tag[0] in passes and passes[tag[0]] in vars(cls) and passes[tag[0]] not in vars(method))
-        ]
-    kinds = dict.fromkeys(tag[0] for tag, _ in lines)
-    tidy = lambda text: re.sub(r"\s{2,}", "   ", text.replace("  =", " ="))
-    return {kind: [tidy(text) for tag, text in lines if tag[0] == kind] for kind in kinds}
+    kinds, (method, _) = {}, files_of(name)[0]
+    passes = {"F": "forward", "B": "backward"}
+    for cls, source in files_of(name):
+        for tag, text in methodfile.equations(ast.get_docstring(ast.parse(source)) or ""):
+            inherited = tag[0] in passes and getattr(method, passes[tag[0]]) is vars(cls).get(passes[tag[0]])
+            if cls is method or inherited:
+                kinds.setdefault(tag[0], []).append(re.sub(r"\s{2,}", "   ", text.replace("  =", " =")))
+    return kinds
 
 
 def code(name: str) -> dict[str, list[str]]:
     """The method's functions by name, each as its lines without comments; those it inherits from a method included."""
     found = {}
-    for cls in reversed(methods.get(name).__mro__):
-        if not cls.__module__.startswith(methods.__name__ + "."):
-            continue
-        for member, value in vars(cls).items():
-            function = value.fget if isinstance(value, property) else value
-            if inspect.isfunction(function) and function.__module__ == cls.__module__ and not member.startswith("_"):
-                lines = [line.split("  # ")[0].rstrip() for line in inspect.getsource(function).splitlines()]
-                extends = any("super()." in line for line in lines)  # then what it calls still runs
-                found[member] = (found.get(member, []) if extends else []) + lines
+    for _, source in reversed(files_of(name)):
+        for member, function in methodfile.functions(ast.parse(source)).items():
+            if member.startswith("_"):
+                continue
+            first = min([function.lineno, *(d.lineno for d in function.decorator_list)])
+            lines = source.splitlines()[first - 1 : function.end_lineno]
+            lines = [line.split("  # ")[0].rstrip() for line in lines]
+            extends = any("super()." in line for line in lines)  # then what it calls still runs
+            found[member] = (found.get(member, []) if extends else []) + lines
     return found
 
 
@@ -61,9 +61,9 @@ def difference(first: str, second: str) -> str:
 
 def changes(a: list[str], b: list[str]) -> list[str]:
     """The lines that are not common, - of ``a`` before + of ``b``; what stands behind three spaces is a remark."""
-    plain = lambda lines: [line.strip().split("   ")[0] for line in lines]
+    plain_a, plain_b = ([line.strip().split("   ")[0] for line in lines] for lines in (a, b))
     marked = []
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, plain(a), plain(b), autojunk=False).get_opcodes():
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, plain_a, plain_b, autojunk=False).get_opcodes():
         if kind != "equal":
             marked += [f"  - {line.strip()}" for line in a[i:j]] + [f"  + {line.strip()}" for line in b[k:m]]
     return marked

@@ -16,7 +16,7 @@ from ..adapter import Adapter
 from ..errors import InputError
 from .contract import CHECKS, SIZES, Case, tagged
 from .gradcheck import CENTRAL_TOLERANCE, gradcheck, judge, method_loss
-from .methodfile import backward_equations, function_of, load, located, place, read
+from .methodfile import backward_equations, functions, load, located, place, read
 
 SIGNS = {"right": "✓", "wrong": "✗", "open": "○", "unseen": "·"}
 GOOD = ("right", "unseen")
@@ -62,7 +62,7 @@ def exercise(name: str) -> str:
     """
     path = Path(inspect.getfile(methods.get(name)))
     source = read(path)
-    backward = function_of(ast.parse(source), "backward")
+    backward = functions(ast.parse(source)).get("backward")
     if backward is None:
         parent = methods.get(name).__base__.__module__.rpartition(".")[2]
         raise InputError(f"{name} has no backward of its own, it inherits that of {parent}: minilora exercise {parent}")
@@ -195,8 +195,8 @@ def watch_backward(file, case, names, truth):
         return truth[name].copy() if name in truth else value
 
     tree = ast.parse(case.source)
-    if (backward := function_of(tree, "backward")) is not None:
-        put_watches(backward, names)
+    if "backward" in functions(tree):
+        put_watches(functions(tree)["backward"], names)
     cls = load(ast.fix_missing_locations(tree), Path(file).stem, file, watch_=watch)
     try:
         with np.errstate(all="ignore"):
@@ -276,8 +276,8 @@ def grade_returned(file, case) -> Mark:
     if not found:
         return Mark("return", "wrong", f"is {type(result).__name__}; it must be dx and a dict of the gradients")
     if set(found) != set(wanted):
-        names = lambda arrays: ", ".join(sorted(set(arrays) - {"x"})) or "nothing"
-        return Mark("return", "wrong", f"has gradients for {names(found)}; what is trained is {names(wanted)}")
+        have, want = (", ".join(sorted(set(arrays) - {"x"})) or "nothing" for arrays in (found, wanted))
+        return Mark("return", "wrong", f"has gradients for {have}; what is trained is {want}")
     for name, value in found.items():
         if hint := wrong_gradient(case, name, value):
             return Mark("return", "wrong", f"d{name}: {hint}")

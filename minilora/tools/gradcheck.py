@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from ..adapter import cast_to
 from ..backend import array_module, to_device, to_host
 from ..engine import Operation, Saved
 from ..errors import InputError
@@ -48,8 +49,9 @@ class Report:
 
     def dict(self) -> dict:
         """For JSON, which knows no infinity: a number that is not finite becomes None."""
-        finite = lambda value: None if isinstance(value, float) and not np.isfinite(value) else value
-        rows = [{key: finite(value) for key, value in asdict(row).items()} for row in self.rows]
+        rows = [asdict(row) for row in self.rows]
+        for row in rows:
+            row |= {key: None for key, value in row.items() if isinstance(value, float) and not np.isfinite(value)}
         return {"title": self.title, "ok": bool(self), "rows": rows}
 
     def __str__(self):
@@ -78,8 +80,8 @@ def gradcheck(f, grads: dict, arrays: dict, title="gradient", complex_step=True,
         if isinstance(grad, np.generic) or not hasattr(grad, "nbytes"):
             raise InputError(f"gradcheck: the gradient of {name} is {type(grad).__name__}, not an array")
     if (xp := array_module(*arrays.values())) is not np:  # f is computed on the GPU, all the rest here
-        on_gpu, grads, arrays = f, *({k: to_host(a) for k, a in given.items()} for given in (grads, arrays))
-        f = lambda **arrays: to_host(on_gpu(**{k: to_device(a, xp) for k, a in arrays.items()}))
+        grads, arrays = ({k: to_host(a) for k, a in given.items()} for given in (grads, arrays))
+        f = computed_on(xp, f)
     kinds = [("central", central_difference, CENTRAL_TOLERANCE)]
     kinds += [("complex", complex_difference, COMPLEX_TOLERANCE)] if complex_step else []
     rows, size = [], abs(f(**arrays))
@@ -91,14 +93,20 @@ def gradcheck(f, grads: dict, arrays: dict, title="gradient", complex_step=True,
         directions = directions_for(x, np.random.default_rng(seed))
         along = grad if directions is None else np.array([(grad * v).sum() for v in directions])
         for kind, difference, tolerance in kinds:
-            derivative = lambda v, x=x, name=name, difference=difference: difference(f, arrays, name, x, v)
-            if directions is None:
-                numeric = np.array([derivative(v) for v in units(x.shape)]).reshape(x.shape)
-            else:
-                numeric = np.array([derivative(v) for v in directions])
+            steps = units(x.shape) if directions is None else directions
+            numeric = np.array([difference(f, arrays, name, x, v) for v in steps]).reshape(along.shape)
             rounding = 16 * np.finfo(np.float64).eps * size / (step_of(x) if kind == "central" else 1.0)
             rows.append(judge(name, kind, along, numeric, tolerance, rounding))
     return Report(title, tuple(rows))
+
+
+def computed_on(xp, f):
+    """``f`` as a function of host arrays that is computed by the library ``xp``."""
+
+    def on_device(**arrays):
+        return to_host(f(**{name: to_device(array, xp) for name, array in arrays.items()}))
+
+    return on_device
 
 
 def units(shape):
@@ -126,18 +134,23 @@ def step_of(x) -> float:
 def central_difference(f, arrays, name, x, v):
     """(8 (f(x + hv) − f(x − hv)) − (f(x + 2hv) − f(x − 2hv))) / 12h, of fourth order."""
     h = step_of(x) / np.abs(v).max()
-    at = lambda k: f(**{**arrays, name: x + k * h * v})
-    return (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * h)
+    two_below, below, above, two_above = (f(**{**arrays, name: x + k * h * v}) for k in (-2, -1, 1, 2))
+    return (8 * (above - below) - (two_above - two_below)) / (12 * h)
 
 
 def complex_difference(f, arrays, name, x, v):
     """Im f(x + ihv) / h; h may be tiny because nothing is subtracted."""
     h = 1e-100
-    complex_arrays = {k: a.astype(np.complex128) for k, a in arrays.items()}
+    complex_arrays = cast(arrays, np.complex128)
     value = f(**{**complex_arrays, name: x + 1j * h * v})
     if not np.iscomplexobj(value):
         raise InputError(f"gradcheck: the function drops the imaginary part of {name}; use complex_step=False")
     return value.imag / h
+
+
+def cast(arrays, dtype) -> Saved:
+    """The arrays by name in another dtype; those of integers and booleans as they are."""
+    return Saved((name, array.astype(cast_to(array, dtype), copy=False)) for name, array in arrays.items())
 
 
 def judge(name, kind, analytic, numeric, tolerance, rounding=0.0) -> Row:
@@ -170,7 +183,10 @@ def shape_advice(got, wanted) -> str:
 def guess(analytic, numeric, close=1e-4) -> str:
     """The likeliest mistake behind an analytic gradient that differs from the numeric one."""
     size = np.linalg.norm(numeric)
-    near = lambda a, b: np.linalg.norm(a - b) <= close * size
+
+    def near(a, b):
+        return np.linalg.norm(a - b) <= close * size
+
     if not np.isfinite(analytic).all():
         return "the gradient has entries that are not finite"
     if size == 0:
@@ -211,7 +227,7 @@ def check_method(method, N=5, d_in=7, d_out=6, at_init=False, seed=0, complex_st
     arrays = {"x": x, **{name: p[name] for name in names}}
     point = "initial point" if at_init else "random point"
     title = f"{method.name}  x ({N}, {d_in}), W ({d_out}, {d_in}), {point}"
-    holomorphic = getattr(method, "holomorphic", True) if complex_step is None else complex_step
+    holomorphic = method.holomorphic if complex_step is None else complex_step
     return gradcheck(method_loss(method, W, p, dy), {"x": dx, **grads}, arrays, title, holomorphic, seed)
 
 
@@ -219,7 +235,7 @@ def method_loss(method, W, p, dy):
     """The loss, a function of x and of trained arrays by name, whose gradient with respect to y is ``dy``."""
 
     def loss(x, **trained):
-        at = Saved((k, v.astype(x.dtype)) for k, v in p.items())
+        at = cast(p, x.dtype)
         return (method.surrogate(x, W.astype(x.dtype), Saved(at | trained), at) * dy).sum()
 
     return loss
@@ -244,12 +260,18 @@ def check_operation(operation: Operation, arrays: dict, title=None, complex_step
     """Check an operation of ops.py: the gradient of each array of ``arrays`` (by name, in forward's order)."""
     rng = np.random.default_rng(seed)
     need = operation.Need(*(name in arrays for name in operation.Need._fields))
-    run = lambda **a: operation.forward(need, *(a.get(name) for name in need._fields), **constants)
+
+    def run(**arrays):
+        return operation.forward(need, *(arrays.get(name) for name in need._fields), **constants)
+
     y, saved = run(**arrays)
     dy = array_module(y).asarray(rng.standard_normal(y.shape))
     given = [name for name in need._fields if name in arrays]
     grads = dict(zip(need._fields, operation.backward(need, dy, Saved(saved)), strict=True))
-    loss = lambda **a: (run(**a)[0] * dy).sum()
+
+    def loss(**arrays):
+        return (run(**arrays)[0] * dy).sum()
+
     return gradcheck(loss, {k: grads[k] for k in given}, arrays, title or operation.name, complex_step, seed)
 
 
@@ -258,15 +280,17 @@ def check_operations(seed=0, ops=None) -> list[Report]:
     if ops is None:
         from .. import ops
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.standard_normal(shape)
+
+    def draw(*shape):
+        return rng.standard_normal(shape)
+
     ids = np.array([3, 0, 3, 5, 1, 3])  # a repeated id: its row receives twice
     targets = np.array([4, ops.IGNORE_INDEX, 0, 2, 2, 1])
     qkv = {"q": draw(10, 6), "k": draw(10, 6), "v": draw(10, 6)}
     short = {"q": draw(4, 6), "k": draw(10, 6), "v": draw(10, 6)}
-    same_mask = lambda: np.random.default_rng(seed)
 
     def dropout(need, x):  # a Generator moves on when it is used: start it anew for each call
-        return ops.dropout_forward(need, x, p=0.4, rng=same_mask())
+        return ops.dropout_forward(need, x, p=0.4, rng=np.random.default_rng(seed))
 
     return [
         check_operation(ops.linear, {"x": draw(5, 4), "W": draw(3, 4), "b": draw(3)}),
@@ -305,8 +329,8 @@ def check_model(model, ids, targets, seed=0) -> Report:
         for p in params.values():
             p.node.grad = None
         backward(model.loss(ids, targets))
-        zeros = lambda p: array_module(p.data).zeros_like(p.data)
-        grads = {name: zeros(p) if p.grad is None else p.grad for name, p in params.items()}
+        zeros = {name: array_module(p.data).zeros_like(p.data) for name, p in params.items() if p.grad is None}
+        grads = {name: p.grad for name, p in params.items()} | zeros
     finally:  # an optimizer's gradients are views of its buffer
         for name, p in params.items():
             p.node.grad = before[name]

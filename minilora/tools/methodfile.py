@@ -4,20 +4,27 @@ The exercises take a file apart with this, and the tests hold what stands in it 
 """
 
 import ast
+import inspect
 import re
 import sys
 import traceback
 import types
+import typing
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import methods
 from ..adapter import Adapter
 from ..errors import InputError
 
 TAG = re.compile(r"\b([FBIU]\d+)\b")  # forward, backward, initial values, update rule
+EQUATION = re.compile(r"^\s*([FBIU]\d+)  (.*)$", re.MULTILINE)
 BACKWARD = re.compile(r"^\s*(B\d+)  (\w+) *= .*?\s{2,}(\([^()]*\))", re.MULTILINE)
 KEPT = re.compile(r"^Kept for backward: (.*)$", re.MULTILINE)
+FORWARD = re.compile(r"^Forward, (.*?):$", re.MULTILINE | re.DOTALL)
+ARRAY = re.compile(r"(\w+) \(([^()]*)\)")
+SHAPE = re.compile(r"^\(([^()]*)\)")
 
 
 @dataclass(frozen=True)
@@ -42,20 +49,82 @@ def backward_equations(source: str) -> list[Equation]:
     return [Equation(*found) for found in BACKWARD.findall(ast.get_docstring(ast.parse(source)) or "")]
 
 
-def tags(text: str, where: str) -> list[str]:
-    """Equation tags in order: in a docstring those that open a line, in code those in a line's closing comment."""
-    if where == "docstring":
-        return [m[1] for line in text.splitlines() if (m := re.match(r"\s*([FBIU]\d+)  ", line))]
-    return [t for line in text.splitlines() if "  # " in line for t in TAG.findall(line.rsplit("  # ", 1)[1])]
+def equations(docstring: str) -> list[tuple[str, str]]:
+    """The tagged lines of a docstring in order, as (tag, equation with shape and remark)."""
+    return EQUATION.findall(docstring)
+
+
+def code_tags(code: str) -> list[str]:
+    """The tags in the closing comments of the lines, in order."""
+    return [tag for line in code.splitlines() for tag in TAG.findall(comment_of(line))]
+
+
+def comment_of(line: str) -> str:
+    return line.rpartition("  # ")[2] if "  # " in line else ""
+
+
+# ------------------------------------------------------------------------------------------------- shapes in letters
+
+
+def axes(text: str) -> tuple[str, ...]:
+    """ "N, d_in" as ("N", "d_in")."""
+    return tuple(axis.strip() for axis in text.split(",") if axis.strip())
+
+
+def length(axis: str, sizes: dict) -> int:
+    """The length of an axis: a letter, a number, or a product or power of them, such as "2 k", "r r" and "r²".
+
+    Raises InputError for a letter that is not in ``sizes``.
+    """
+    product = 1
+    for factor in axis.replace("²", "^2").replace("³", "^3").replace("·", " ").split():
+        base, _, power = factor.partition("^")
+        if not base.isdecimal() and base not in sizes:
+            raise InputError(f'the axis "{axis}" has the letter {base}; there are {", ".join(sizes)}')
+        product *= (int(base) if base.isdecimal() else sizes[base]) ** int(power or 1)
+    return product
 
 
 def kept(docstring: str) -> dict[str, tuple]:
-    """The line "Kept for backward: x (N, d_in), h (N, r)" as names and shapes; nothing where there is no such line."""
+    """The line "Kept for backward: x (N, d_in), h (N, r)" as names and axes; nothing if there is no such line."""
     line = KEPT.search(docstring)
-    return {
-        name: tuple(s.strip() for s in shape.split(",") if s.strip())
-        for name, shape in re.findall(r"(\w+) \(([^)]*)\)", line[1] if line else "")
-    }
+    return {name: axes(shape) for name, shape in ARRAY.findall(line[1] if line else "")}
+
+
+def stated_shapes(method: Adapter) -> dict[str, tuple]:
+    """The method's own arrays in the line "Forward, x (N, d_in), A (r, d_in) …:" of the file that defines forward."""
+    line = FORWARD.search(inspect.unwrap(type(method).forward).__globals__["__doc__"] or "")
+    known = shapes_of(method, 1, 1)
+    return {name: axes(shape) for name, shape in ARRAY.findall(line[1] if line else "") if name in known}
+
+
+def shapes_of(method: Adapter, d_out: int, d_in: int) -> dict[str, tuple]:
+    """The declared shapes of all arrays in ``p``: those of the layer, and those that layers share."""
+    trainable, buffers = method.shapes(d_out, d_in)
+    return {**method.shared_shapes(d_out, d_in), **trainable, **buffers}
+
+
+def sizes_of(method: Adapter, N: int, d_in: int, d_out: int) -> dict[str, int]:
+    """What the letters of the method's file stand for: N, d_in, d_out, and its integer fields.
+
+    A letter of its own, as in M (m, m), is the length that ``shapes`` declares where the Forward line has the letter.
+    """
+    fields = {name: value for name, value in vars(method).items() if type(value) is int}
+    sizes, declared = {**fields, "N": N, "d_in": d_in, "d_out": d_out}, shapes_of(method, d_out, d_in)
+    for name, shape in stated_shapes(method).items():
+        for axis, n in zip(shape, declared[name], strict=False):
+            if axis.isidentifier():
+                sizes.setdefault(axis, n)
+    return sizes
+
+
+def shape_comments(source: str) -> dict[int, tuple]:
+    """The shape that each line's comment states, by line number: {41: ("N", "r")}."""
+    lines = enumerate(map(comment_of, source.splitlines()), 1)
+    return {number: axes(match[1]) for number, comment in lines if (match := SHAPE.match(comment))}
+
+
+# --------------------------------------------------------------------------------------------------- the file as code
 
 
 def load(source: str | ast.Module, name: str, file: str, **given) -> type[Adapter]:
@@ -72,16 +141,15 @@ def load(source: str | ast.Module, name: str, file: str, **given) -> type[Adapte
     try:
         with located(file):
             exec(compile(source, file, "exec"), vars(module))
+            cls = methods.defined_in(module, file)
+            types_of_fields = typing.get_type_hints(cls)  # annotations may be text, which only the module explains
+            cls.__annotations__ = {name: types_of_fields[name] for name in inspect.get_annotations(cls)}
+        return cls
     finally:
         if before is None:
             del sys.modules[module.__name__]
         else:
             sys.modules[module.__name__] = before
-    is_method = lambda c: isinstance(c, type) and issubclass(c, Adapter) and c.__module__ == module.__name__
-    found = [c for c in vars(module).values() if is_method(c)]
-    if len(found) != 1:
-        raise InputError(f"{file} defines {len(found)} Adapter classes; a method file defines exactly one")
-    return found[0]
 
 
 def read(path) -> str:
@@ -92,10 +160,10 @@ def read(path) -> str:
         raise InputError(f'cannot read "{path}": {getattr(error, "strerror", None) or "it is not UTF-8"}') from error
 
 
-def function_of(tree: ast.Module, name: str) -> ast.FunctionDef | None:
-    """The method ``name`` of a class in ``tree``, if it is defined there."""
+def functions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
+    """The functions of the classes in ``tree``, by name."""
     members = [member for node in tree.body if isinstance(node, ast.ClassDef) for member in node.body]
-    return next((m for m in members if isinstance(m, ast.FunctionDef) and m.name == name), None)
+    return {member.name: member for member in members if isinstance(member, ast.FunctionDef)}
 
 
 @contextmanager

@@ -7,10 +7,10 @@ them, and ``minilora methods`` prints them with the verdict.
 import numpy as np
 
 from .. import methods
-from ..adapter import AdaptedLinear, Adapter
+from ..adapter import AdaptedLinear, Adapter, own_array
 from ..backend import array_module
 from ..engine import Saved, Tensor, backward
-from ..nn import Linear
+from ..nn import Linear, Parameter
 from ..training.optim import AdamW
 from ..training.sgd import SGD
 
@@ -25,7 +25,8 @@ class Trial:
         self.method, self.sizes, self.seed = method, {"N": N, "d_in": d_in, "d_out": d_out}, seed
         rng = np.random.default_rng(seed)
         self.W0, self.x, self.c = (rng.standard_normal(s) for s in [(d_out, d_in), (N, d_in), (N, d_out)])
-        shared = {k: Tensor(a.astype(float)) for k, a in method.init_shared([self.W0.shape], rng).items()}
+        shared = method.init_shared([self.W0.shape], rng)
+        shared = {name: Parameter(own_array(a, np, float), requires_grad=False) for name, a in shared.items()}
         self.layer = AdaptedLinear(Linear(self.W0.copy()), method, seed, shared)
 
     def resized(self, **sizes) -> "Trial":
@@ -42,16 +43,27 @@ class Trial:
         params = trial.layer.arrays.trainable()
         optimizer = AdamW(params, lr, eps=eps) if adam else SGD(params, lr)
         for _ in range(steps):
-            optimizer.zero()
             y = trial.layer(Tensor(trial.x))
             backward(y, y.data - trial.c)
             optimizer.step()
+            optimizer.zero()
             trial.layer.after_step()
         return trial
 
-    W = property(lambda self: self.layer.base.W.data, doc="The layer's weight, which some methods move.")
-    p = property(lambda self: self.layer.p, doc="The layer's arrays by name.")
-    merged = property(lambda self: self.method.merge(self.W, self.p), doc="The weight that does the same.")
+    @property
+    def W(self):
+        """The layer's weight, which some methods move."""
+        return self.layer.base.W.data
+
+    @property
+    def p(self) -> Saved:
+        """The layer's arrays by name."""
+        return self.layer.p
+
+    @property
+    def merged(self):
+        """The weight that does the same."""
+        return self.method.merge(self.W, self.p)
 
     @property
     def dW(self):

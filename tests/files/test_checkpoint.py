@@ -2,9 +2,8 @@
 These tests exist because weights are hours of work: a half-written file or a silent mismatch would lose them.
 """
 
-import errno
 import json
-import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from minilora.errors import AdapterFormatError, FormatError, InputError
 from minilora.files import tensorfile as files
 from minilora.files.base import fingerprint, load_model, model_shapes, save_model
 from minilora.files.checkpoint import adapter_arrays, adapter_shapes, load_adapter, save_adapter
-from minilora.files.saving import writable_folder, write_atomically
+from minilora.files.saving import writable_folder
 from minilora.files.tensorfile import write_tensors
 from minilora.gpt import GPT, GPTConfig
 from minilora.surgery import adapt, adapted_layers, host, merge_and_unload, plan
@@ -61,7 +60,7 @@ def test_a_model_comes_back_to_the_bit(tmp_path, dtype):
         assert name == other and a.dtype == b.dtype and b.requires_grad
         np.testing.assert_array_equal(a.data, b.data)
     np.testing.assert_array_equal(logits(loaded), logits(model))
-    assert fingerprint(loaded) == fingerprint(model)
+    assert fingerprint(loaded) == fingerprint(load_model(str(path))) == fingerprint(model)
 
 
 def test_a_model_file_is_safetensors_as_anyone_reads_it(tmp_path):
@@ -69,18 +68,6 @@ def test_a_model_file_is_safetensors_as_anyone_reads_it(tmp_path):
     with safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
         assert json.loads(file.metadata()["config"])["n_embd"] == 16
         np.testing.assert_array_equal(file.get_tensor("blocks.1.q.W"), base().blocks[1].q.W.data)
-
-
-def test_a_loaded_model_trains(tmp_path):
-    save_model(tmp_path / "model.safetensors", base())
-    model = load_model(tmp_path / "model.safetensors")
-    train(model, AdamW(model.trainable(), lr=0.01), iter([(IDS, IDS)]), 1)
-    assert not np.array_equal(model.tokens.data, base().tokens.data)
-
-
-def test_a_path_may_be_text(tmp_path):
-    save_model(str(tmp_path / "model.safetensors"), base())
-    np.testing.assert_array_equal(logits(load_model(str(tmp_path / "model.safetensors"))), logits(base()))
 
 
 def test_a_merged_model_is_a_model_again(tmp_path):
@@ -184,45 +171,16 @@ def spoil_adapter(metadata=None, **changes):
     return spoil
 
 
-def entry(path="blocks.1.q", options='{"r": 2, "alpha": 16.0}'):
-    """The metadata ``layers`` of one layer."""
-    return {"layers": f'{{"{path}": {{"options": {options}}}}}'}
-
-
 A = "blocks__1__q__arrays__A"
-BAD_ADAPTERS = {
-    "missing": (lambda path: path.unlink(), "there is no such file; an adapter file was expected"),
-    "a directory": (lambda path: (path.unlink(), path.mkdir()), "is not an adapter file but a folder"),
-    "garbage": (lambda path: path.write_bytes(b"no adapter at all"), "is not an adapter file"),
-    "empty": (lambda path: path.write_bytes(b""), "is not an adapter file, or truncated"),
-    "truncated": (lambda path: os.truncate(path, path.stat().st_size // 2), "is not an adapter file, or damaged"),
+BAD_ADAPTERS = {  # one of each kind; test_hostile.py has hundreds
+    "missing": (Path.unlink, "there is no such file; an adapter file was expected"),
     "a model": (lambda path: save_model(path, base()), 'of the format "minilora model 1"; expected'),
-    "foreign safetensors": (spoil_adapter({"format": "pt"}), 'of the format "pt"; expected "minilora adapter 2"'),
     "another base": (spoil_adapter({"base": fingerprint(base(seed=1))}), "was trained on another base model"),
-    "no base": (spoil_adapter({"base": None}), 'lacks "base"'),
-    "no layers": (spoil_adapter({"layers": None}), 'lacks "layers"'),
-    "layers are no JSON": (spoil_adapter({"layers": "{"}), "the list of layers is not JSON"),
-    "no options": (spoil_adapter({"layers": '{"blocks.1.q": {}}'}), 'options of the layer "blocks.1.q" are not a map'),
-    "unknown method": (spoil_adapter({"method": "lorra"}), "unknown method"),
-    "unknown option": (spoil_adapter(entry(options='{"rank": 2}')), "lora has no option"),
-    "unknown layer": (spoil_adapter(entry(path="blocks.9.q")), 'no linear layer "blocks.9.q"'),
+    "unknown option": (spoil_adapter({"layers": '{"blocks.1.q": {"options": {"rank": 2}}}'}), "lora has no option"),
     "array missing": (spoil_adapter(**{A: None}), 'tensor "blocks.1.q.arrays.A": is missing'),
-    "array too many": (
-        spoil_adapter(blocks__1__q__arrays__C=np.ones(3)),
-        'tensor "blocks.1.q.arrays.C": belongs to nothing in this model',
-    ),
-    "array of another shape": (
-        spoil_adapter(**{A: np.ones((3, 16), np.float32)}),
-        r'tensor "blocks.1.q.arrays.A": is F32\(3, 16\); expected \(2, 16\)',
-    ),
-    "array of integers": (
-        spoil_adapter(**{A: np.ones((2, 16), int)}),
-        'tensor "blocks.1.q.arrays.A": its dtype is "I64"; weights are',
-    ),
-    "base weight in it": (
-        spoil_adapter(blocks__1__q__base__W=np.ones((16, 16), np.float32)),
-        'tensor "blocks.1.q.base.W": belongs to nothing in this model',
-    ),
+    "array too many": (spoil_adapter(blocks__1__q__arrays__C=np.ones(3)), "belongs to nothing in this model"),
+    "array of another shape": (spoil_adapter(**{A: np.ones((3, 16), np.float32)}), r"F32\(3, 16\); expected \(2, 16\)"),
+    "array of integers": (spoil_adapter(**{A: np.ones((2, 16), int)}), 'its dtype is "I64"; weights are'),
 }
 
 
@@ -253,66 +211,7 @@ def test_the_shapes_that_a_file_is_held_to_are_those_of_the_arrays(name, ranks):
     assert promised == {name: p.shape for name, p in adapter_arrays(model).items()}
 
 
-def test_after_a_bad_file_the_good_one_still_loads(tmp_path):
-    good, bad, model = tmp_path / "good", tmp_path / "bad", base()
-    for path in (good, bad):
-        save_adapter(path, trained("lora"), fingerprint(model))
-    spoil_adapter(**{A: None})(bad)
-    with pytest.raises(InputError):
-        load_adapter(bad, model)
-    np.testing.assert_array_equal(logits(load_adapter(good, model)), logits(trained("lora")))
-
-
-def test_another_base_model_is_refused(tmp_path):
-    path, other = tmp_path / "adapter.safetensors", base(seed=1)
-    save_adapter(path, trained("lora"), fingerprint(base()))
-    before = state(other)
-    with pytest.raises(InputError, match="was trained on another base model"):
-        load_adapter(path, other)
-    assert_untouched(other, before)
-
-
 # -------------------------------------------------------------------------------- writing
-
-
-def interrupted(*_):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize("save", [save_model, lambda path, model: save_adapter(path, trained("lora"), "0" * 64)])
-@pytest.mark.parametrize("step", ["replace", "fsync"])
-def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, save, step):
-    path = tmp_path / "weights"
-    save(path, base())
-    old = path.read_bytes()
-    monkeypatch.setattr(os, step, interrupted)
-    with pytest.raises(InputError, match=r'cannot write ".*weights": No space left on device; no file .* half written'):
-        save(path, base(seed=1))
-    assert path.read_bytes() == old
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_save_replaces_the_old_file(tmp_path):
-    path = tmp_path / "model.safetensors"
-    for seed in (0, 1):
-        save_model(path, base(seed))
-    np.testing.assert_array_equal(logits(load_model(path)), logits(base(seed=1)))
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_target_is_never_open_half_written(tmp_path, monkeypatch):
-    """Until the rename, the new bytes are under another name in the same folder."""
-    path, seen, replace = tmp_path / "file", [], os.replace
-    path.write_bytes(b"old")
-
-    def watch(source, target):
-        seen.append((target, source.parent, source.read_bytes(), path.read_bytes()))
-        replace(source, target)
-
-    monkeypatch.setattr(files.os, "replace", watch)
-    write_atomically(path, b"new")
-    assert seen == [(path, tmp_path, b"new", b"old")]
-    assert path.read_bytes() == b"new"
 
 
 def test_a_folder_is_made_and_left_empty(tmp_path):

@@ -1,13 +1,12 @@
-"""The gpu lane: CuPy and a card, or, to try the lane's own code without one, the stand-in (MINILORA_GPU=standin).
+"""The gpu lane, ``pytest -m gpu``: everything is computed twice, by NumPy and by CuPy, and must agree.
 
-Everything is computed twice, by NumPy and by CuPy, and must agree. Without CuPy or a card the lane is one skipped test,
-which gives the reason in the words of ``minilora devices``.
+Without CuPy or a card the lane is one skipped test, which gives the reason in the words of ``minilora devices``. With
+MINILORA_GPU=standin the lane's own code is tried on the stand-in for CuPy.
 """
 
 import os
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 
@@ -19,8 +18,8 @@ STANDIN = os.environ.get("MINILORA_GPU") == "standin"
 
 
 def pytest_collection_modifyitems(config, items):
-    own = [item for item in items if Path(__file__).parent in item.path.parents and "cupy" in item.fixturenames]
-    for item in own:  # CuPy warns of what it does not find of CUDA, which is no error while it computes
+    own = [item for item in items if item.get_closest_marker("gpu")]
+    for item in own:  # CuPy warns of parts of CUDA that it does not find; that is no error while it computes
         item.add_marker(pytest.mark.filterwarnings("default"))
     if STANDIN:
         return
@@ -49,11 +48,7 @@ def cupy():
 
 @pytest.fixture
 def pool(cupy):
-    """CuPy's memory pool, which the stand-in has not."""
+    """CuPy's memory pool, which the stand-in does not have."""
     if STANDIN:
         pytest.skip("the stand-in for CuPy has no memory pool")
     return cupy.get_default_memory_pool()
-
-
-def pytest_report_header():
-    return "gpu lane: on the stand-in for CuPy, not on a GPU" if STANDIN else None

@@ -1,22 +1,20 @@
-"""What the files of the gpu lane share: how arrays cross over, what counts as equal, and a small training."""
+"""What the files of the gpu lane share: how arrays move, what counts as equal, and a small training."""
 
 import os
 
 import numpy as np
+import pytest
 
 import minilora
 from minilora import methods
 from minilora.backend import array_module, to_device, to_host
 from minilora.data import random_batches
-from minilora.engine import Saved
 
 TOLERANCE = {np.float64: 1e-12, np.float32: 1e-5}  # relative to the largest entry
-DTYPES = list(TOLERANCE)
-STEPS = 20
-# On the stand-in it is the lane's own code that is tried, and a few methods will do for what takes long.
-METHODS = (
-    ["delta_lora", "dora", "full", "lora_plus"] if os.environ.get("MINILORA_GPU") == "standin" else methods.names()
-)
+each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
+# The stand-in tries the lane's own code, and a few methods are enough for that.
+METHODS = ["delta_lora", "dora", "full"] if os.environ.get("MINILORA_GPU") == "standin" else methods.names()
+CONFIG = minilora.GPTConfig(vocab_size=40, n_positions=24, n_embd=32, n_layer=2, n_head=4)
 
 
 def move(value, xp):
@@ -26,12 +24,6 @@ def move(value, xp):
     if isinstance(value, list | tuple):
         return type(value)(move(v, xp) for v in value)
     return to_device(value, xp) if hasattr(value, "dtype") else value
-
-
-def draw(shapes, dtype, seed=0):
-    """Host arrays of ``shapes``, by name, of normal numbers."""
-    rng = np.random.default_rng(seed)
-    return {name: np.asarray(rng.standard_normal(shape), dtype) for name, shape in shapes.items()}
 
 
 def assert_close(there, here, tolerance, what):
@@ -44,23 +36,10 @@ def assert_close(there, here, tolerance, what):
     assert distance <= tolerance, f"{what}: {distance:.1e} of {scale:.1e}, allowed {tolerance:.0e}"
 
 
-def arrays_of(saved) -> dict:
-    """The arrays among what a forward kept; None, numbers and shapes are left out."""
-    return {name: value for name, value in saved.items() if getattr(value, "shape", None)}
-
-
 def assert_all_close(there: dict, here: dict, tolerance, what):
     assert set(there) == set(here), what
     for name in here:
-        assert_close(there[name], here[name], tolerance, f"{what} {name}")
-
-
-def kept(saved) -> Saved:
-    """What a node would keep of what a forward returned."""
-    return Saved((name, value) for name, value in saved.items() if value is not None)
-
-
-CONFIG = minilora.GPTConfig(vocab_size=40, n_positions=24, n_embd=32, n_layer=2, n_head=4)
+        assert_close(there[name], here[name], tolerance, f"{what}: {name}")
 
 
 def model(dtype, device, seed=0, config=CONFIG):
@@ -73,13 +52,13 @@ def model(dtype, device, seed=0, config=CONFIG):
 
 
 def batches(seed=0, batch=6, config=CONFIG):
-    """Batches of a text with something to learn in it; they lie on the host, for either device."""
+    """Batches of a text with something to learn in it; they are on the host, for either device."""
     rng = np.random.default_rng(seed)
     text = (np.cumsum(rng.integers(0, 3, 4000)) % config.vocab_size).astype(np.int64)
     return random_batches(text, batch, config.n_positions, rng)
 
 
-def train(device, dtype, method, steps=STEPS, **options):
+def train(device, dtype, method, steps=20, **options):
     """(losses, trained model) of a small training on ``device``; without a method every parameter is trained."""
     gpt = model(dtype, device)
     if method is not None:

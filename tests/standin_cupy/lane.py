@@ -1,78 +1,85 @@
-"""The suite on the stand-in: whatever a test builds goes to the device, and the library computes there.
+"""``pytest --device standin``: the library computes on the stand-in, where whatever a test gives to it is moved.
 
-The tests are written with NumPy and stay so. What they hand to the library is moved on the way in; it lies on the same
-memory, so that a test may still change its own array. What comes back, a test reads as if it were NumPy's.
+The tests are written with NumPy and stay so: a moved array is on the same memory, and a test reads a result as if it
+were NumPy's.
 """
 
 import functools
 import sys
-from pathlib import Path
+from collections import Counter
 
 import numpy as np
+import pytest
 
-from minilora.engine import Tensor
+from minilora.engine import Operation, Tensor
 
-from . import device, frames, kernels, module
+from . import LIBRARY, belongs_to_library, device, launches, module
 
-used = {}  # operations that the library asked for on device arrays, by test file
-waiting = None  # the test file whose operations are counted now
+FILES = (  # what runs in the lane: the tests of everything that computes with arrays
+    "test_engine.py", "test_elementary.py", "test_ops.py", "test_gpt.py", "test_methods.py", "test_contract.py",
+    "test_surgery.py", "test_bank.py", "test_loop.py", "test_optim.py", "test_checkpoint.py", "test_gradcheck.py",
+)  # fmt: skip
+HOST = (  # of these files, the tests that are about the host alone
+    "test_kept_bytes_are_what_the_allocator_says",
+    "test_a_registered_form_runs_by_default_and_not_within_plain_nor_on_complex_arrays",
+)
+# The library's files that make Tensors of a test's, or new, numbers.
+BUILDERS = {str(LIBRARY / name) for name in ("nn.py", "gpt.py", "elementary.py", "tools/trial.py")}
+
+used = Counter()  # the computations that the library asked for, by test file
 
 
-def moved(value):
-    """``value`` with its host arrays on the device, within lists, tuples and dicts too."""
-    if isinstance(value, np.ndarray) or (isinstance(value, np.generic) and value.dtype.kind in "fc"):
-        return device(value)
+def pytest_ignore_collect(collection_path):
+    return (collection_path.suffix == ".py" and collection_path.name not in FILES) or None
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is about the host alone."""
+    host = [item for item in items if getattr(item, "originalname", item.name) in HOST]
+    config.hook.pytest_deselected(items=host)
+    items[:] = [item for item in items if item not in host]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    launches.clear()
+    try:
+        return (yield)
+    finally:
+        used[item.path.name] += len(launches)
+
+
+def pytest_sessionfinish(session):
+    """A file whose tests compute nothing on the device, or that is not there, is a hole in the lane."""
+    whole = session.config.args_source is session.config.ArgsSource.TESTPATHS and not session.config.option.keyword
+    idle = [file for file in (FILES if whole else list(used)) if not used[file]]
+    if idle and session.exitstatus == 0:
+        print(f"\nnothing was computed on the device by {', '.join(idle)}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def moved(value, kinds="fc"):
+    """``value`` with its host arrays of these kinds on the device, within lists, tuples and dicts too."""
+    if isinstance(value, np.ndarray | np.generic):
+        return device(value) if value.dtype.kind in kinds else value
     if isinstance(value, dict):
-        return type(value)((k, moved(v)) for k, v in value.items())
-    if type(value) in (list, tuple):
-        return type(value)(map(moved, value))
-    return value
+        return type(value)((k, moved(v, kinds)) for k, v in value.items())
+    return type(value)(moved(v, kinds) for v in value) if type(value) in (list, tuple) else value
 
 
-def from_a_test() -> bool:
+def called_by_a_test() -> bool:
     """Whether the function that asks was called by a test, and not by the library."""
-    file = sys._getframe(2).f_code.co_filename
-    return frames._is_library(file) is False
+    return belongs_to_library(sys._getframe(2).f_code.co_filename) is False
 
 
-BUILDERS = ("nn.py", "gpt.py", "claims.py", "elementary.py")  # files that make Tensors of a test's, or new, numbers
-
-
-def is_built() -> bool:
-    """Whether the Tensor that is made holds what a test gave, or a new model's numbers. What the library makes while it
-    computes or adapts is on the device by itself, or is a mistake.
-    """
-    frame = sys._getframe(2)
-    while frame.f_code.co_name == "__init__" and isinstance(frame.f_locals.get("self"), Tensor):
-        frame = frame.f_back  # Parameter's, and that of a subclass in a test
-    path = Path(frame.f_code.co_filename)
-    return not frames._is_library(str(path)) or (path.parent == frames.LIBRARY and path.name in BUILDERS)
-
-
-def taking(function, constants=False):
-    """``function``, to which a test may hand host arrays; keyword arguments are left as they are by default."""
-
-    if getattr(function, "takes_host_arrays", False):
-        return function
+def taking(function):
+    """``function``, to which a test may hand host arrays."""
 
     @functools.wraps(function)
     def wrapper(*args, **options):
-        if from_a_test():
-            args = moved(args)
-            options = moved(options) if constants else options
+        if called_by_a_test():
+            args, options = moved(args), moved(options)
         return function(*args, **options)
-
-    wrapper.takes_host_arrays = True
-    return wrapper
-
-
-def on_the_host(init):
-    """A method's init, which computes on the host: a test may hand it what the lane has moved."""
-    back = lambda value: getattr(value, "_host", value)
-
-    @functools.wraps(init)
-    def wrapper(self, W, rng, shared):
-        return init(self, back(W), rng, type(shared)((k, back(v)) for k, v in shared.items()))
 
     return wrapper
 
@@ -82,16 +89,44 @@ def giving(function):
     return functools.wraps(function)(lambda *args, **options: moved(function(*args, **options)))
 
 
-METHOD_PARTS = ("forward", "backward", "surrogate", "merge", "after_step", "norm", "update", "scaled")
+def on_the_host(init):
+    """A method's init, which computes on the host: a test may hand it what the lane has moved."""
+
+    def back(value):
+        return getattr(value, "_host", value)
+
+    @functools.wraps(init)
+    def wrapper(self, W, rng, shared):
+        return init(self, back(W), rng, type(shared)((k, back(v)) for k, v in shared.items()))
+
+    return wrapper
 
 
 def take_in_class(cls):
-    """The parts of a method that compute, as tests call them."""
-    for name in METHOD_PARTS:
-        if name in vars(cls):
-            setattr(cls, name, taking(vars(cls)[name]))
-    if "init" in vars(cls) and not hasattr(cls.init, "__wrapped__"):
-        cls.init = on_the_host(cls.init)
+    """The functions of a method's class, as tests call them."""
+    for name, value in [*vars(cls).items()]:
+        if callable(value) and not name.startswith("_") and not hasattr(value, "__wrapped__"):
+            setattr(cls, name, on_the_host(value) if name == "init" else taking(value))
+
+
+def take_in_module(place):
+    for name, value in [*vars(place).items()]:
+        if isinstance(value, Operation):
+            value.forward, value.backward = taking(value.forward), taking(value.backward)
+            value.forms.update({k: tuple(map(taking, pair)) for k, pair in value.forms.items()})
+        elif type(value) is type(taking) and value.__module__ == place.__name__:
+            setattr(place, name, taking(value))
+
+
+def is_built() -> bool:
+    """Whether the Tensor that is made has a test's numbers, or a new model's. Whatever the library makes while it
+    computes or adapts is on the device by itself, or is a mistake.
+    """
+    frame = sys._getframe(2)
+    while frame.f_code.co_name == "__init__" and isinstance(frame.f_locals.get("self"), Tensor):
+        frame = frame.f_back  # Parameter's, and that of a subclass in a test
+    file = frame.f_code.co_filename
+    return not belongs_to_library(file) or file in BUILDERS
 
 
 def install():
@@ -99,81 +134,37 @@ def install():
     sys.modules["cupy"] = module()
     import minilora
     from minilora import adapter, backend, elementary, engine, methods, nn, ops
-    from minilora.fast import blocked as blocks
-    from minilora.fast import shortcut
-    from minilora.tools import gradcheck
-    from minilora.tools import trial as claims
-    from minilora.training import workers as parallel
+    from minilora.tools import gradcheck, trial
+    from minilora.training import workers
 
-    build, slot = engine.Tensor.__init__, engine.Tensor.data
+    build, slot = Tensor.__init__, Tensor.data
 
     def on_the_device(self, data, *args, **options):
         build(self, data, *args, **options)
         if is_built():
             slot.__set__(self, device(self.data))
 
-    engine.Tensor.__init__ = on_the_device
-    put = lambda self, array: slot.__set__(self, device(array) if from_a_test() else array)
-    engine.Tensor.data = property(slot.__get__, put)
-    there = {"cpu": "cuda"}  # a test's .to("cpu") goes to the device, too
-    nn.device_module = lambda name: backend.device_module(there.get(name, name))
-    parallel.usual_workers = lambda *args, **options: 1  # as on a GPU
+    def put(self, array):
+        slot.__set__(self, device(array) if called_by_a_test() else array)
 
-    engine.backward, engine.gradients = taking(engine.backward, True), taking(engine.gradients, True)
+    Tensor.__init__, Tensor.data = on_the_device, property(slot.__get__, put)
+    nn.device_module = lambda name: backend.device_module({"cpu": "cuda"}.get(name, name))  # a test's .to("cpu") too
+    workers.usual_workers = lambda *args, **options: 1  # as on a GPU
+    for place in (engine, ops, elementary, gradcheck):
+        take_in_module(place)
     minilora.backward = engine.backward
-
-    engine.Tensor.__getitem__ = lambda x, index: elementary.getitem(x, index=moved(index))
-
-    for place in (ops, elementary):
-        for name, value in [*vars(place).items()]:
-            if isinstance(value, engine.Operation):
-                index = name == "getitem"  # the one constant that an operation does not move itself
-                value.forward, value.backward = taking(value.forward, index), taking(value.backward)
-            elif name.endswith(("_forward", "_backward", "_again")):
-                setattr(place, name, taking(value))
-    for name in ("row_mean", "row_dot", "split_heads", "head_columns", "add_product", "scores"):
-        setattr(blocks, name, taking(getattr(blocks, name)))
-
-    adapter.Adapter.__init_subclass__ = classmethod(lambda cls: take_in_class(cls))
     for name in methods.names():
         for cls in methods.get(name).__mro__:
             if cls.__module__.startswith("minilora.methods"):
                 take_in_class(cls)
-    for name in ("forward", "backward"):
-        setattr(shortcut.Shortcut, name, taking(getattr(shortcut.Shortcut, name)))
-
+    adapter.Adapter.__init_subclass__ = classmethod(lambda cls: take_in_class(cls))
+    pick = elementary.getitem.forward
+    elementary.getitem.forward = lambda need, x, *, index: pick(need, moved(x), index=moved(index, "iub"))
     gradcheck.method_point = giving(gradcheck.method_point)
-    gradcheck.gradcheck = taking(gradcheck.gradcheck)
-    check_operation = gradcheck.check_operation
-    gradcheck.check_operation = functools.wraps(check_operation)(
-        lambda operation, arrays, *args, **constants: check_operation(
-            operation, moved(arrays), *args, **{k: moved(v) if k == "index" else v for k, v in constants.items()}
-        )
-    )
+    prepare = trial.Trial.__init__
 
-    prepare = claims.Trial.__init__
-
-    def trial(self, *args, **options):
+    def trial_init(self, *args, **options):
         prepare(self, *args, **options)
         self.W0, self.x, self.c = moved((self.W0, self.x, self.c))
 
-    claims.Trial.__init__ = trial
-
-
-def begin(file: Path):
-    """Count from here for the test file ``file``."""
-    global waiting
-    waiting = file.name, frames.calls
-
-
-def end():
-    """Book what the library has asked for since begin()."""
-    file, before = waiting
-    used[file] = used.get(file, 0) + frames.calls - before
-    kernels.launches.clear()  # it holds every array of every launch
-    frames.syncs.clear()
-
-
-def idle_files() -> list[str]:
-    """The test files that ran in the lane and never had the library compute on the device."""
-    return sorted(file for file, count in used.items() if not count)
+    trial.Trial.__init__ = trial_init

@@ -6,9 +6,10 @@ import warnings
 import numpy as np
 import pytest
 
-from minilora import GPT, AdamW, GPTConfig, adapt, kept_bytes, methods
+from minilora import GPT, AdamW, GPTConfig, adapt, count_parameters, kept_bytes, methods
 from minilora.cli import main
 from minilora.memory import ledger
+from minilora.tools import catalogue
 from minilora.tools.audit import audit, show
 from minilora.tools.diff import code, difference, equations
 from minilora.tools.trace import show as show_trace
@@ -110,6 +111,18 @@ def test_trace_command(capsys):
     assert main(["trace", "lora_fa"]) == 0
     printed = capsys.readouterr().out
     assert "blocks.3.down" in printed and "x_hat" in printed
+
+
+# ------------------------------------------------------------------------------------------------------- catalogue
+
+
+def test_the_catalogue_counts_what_an_adapted_model_has(monkeypatch):
+    """It makes no array: the counts come from the shapes that the methods declare."""
+    config = GPTConfig(vocab_size=17, n_positions=8, n_embd=64, n_layer=1, n_head=2)
+    monkeypatch.setattr(catalogue, "GPTConfig", lambda: config)
+    for entry in catalogue.catalogue():
+        trainable, total = count_parameters(adapt(GPT(config), entry["method"], verbose=False))
+        assert (entry["trainable"], entry["trainable_percent"]) == (trainable, 100 * trainable / total)
 
 
 # ------------------------------------------------------------------------------------------------------------ diff
