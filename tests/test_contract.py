@@ -274,6 +274,6 @@ def test_no_file_outside_the_folder_names_a_method():
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         names = {n.value for n in nodes if isinstance(n, ast.Constant)}
         names |= {(n.module or "").rpartition(".")[2] for n in nodes if isinstance(n, ast.ImportFrom)}
-        if path.name.startswith("peft"):  # a form of file, and a value of PEFT's init_lora_weights
-            names -= {"lora", "pissa"}
+        if path.name.startswith("peft"):  # a form of file, for users
+            names -= {"lora"}
         assert not names & set(METHODS), f"{path.name} names {names & set(METHODS)}"
