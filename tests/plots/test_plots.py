@@ -2,11 +2,13 @@
 
 import io
 import json
+import sys
 from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import standin_cupy
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
@@ -62,8 +64,8 @@ def self_attention():
 
 EXAMPLES = {
     "loss_curves": lambda: plots.loss_curves(CURVES, "Eight methods, three seeds", smooth=5),
-    "lines": lambda: plots.lines({"α / r": ([1, 2, 8], [1.0, 0.5, 0.1])}, "Scale", "r", "s", logx=True, logy=True,
-                                 points={"best": ([2], [0.5])}),
+    "lines": lambda: plots.lines({"α / r": ([1, 2, 8], [1.0, 0.5, 0.1])}, "Scale", "r", "s", logx=True,
+                                 logy=True, points={"best": ([2], [0.5])}),
     "scatter": lambda: plots.scatter({"lora": (STEPS, STEPS * 2.0)}, "Line", "ΔM", "ΔD", fit=True),
     "stacked_bars": lambda: plots.stacked_bars(BYTES, title="Kept for backward"),
     "bars": lambda: plots.bars({"lora": [1.70, 1.72], "full": 1.66}, "Held-out loss", "nats per character"),
@@ -71,10 +73,7 @@ EXAMPLES = {
     "singular_values": lambda: plots.singular_values({"low": LOW_RANK}, "Updates"),
     "gradient_report": lambda: plots.gradient_report(REPORT),
     "heat_map": lambda: plots.heat_map(normal(3, 4), "W", "column", "row", unit="weight"),
-    "heat_map, large": lambda: plots.heat_map(np.ones((40, 30)), "W", "column", "row", diverging=False),
-    "attention": lambda: plots.attention(attention_of(4, 12), "Enter Macb\n ", "Heads"),
     "attention, as many as are named": lambda: plots.attention(attention_of(4, 32), "O Romeo " * 4, "Heads"),
-    "attention, long": lambda: plots.attention(attention_of(3, 33), "x" * 33, "Heads"),
     "graph": lambda: plots.graph(expression()[0], "y · y + tanh y"),
     "graph, much kept": lambda: plots.graph(self_attention().exp(), "attention keeps four arrays"),
 }  # fmt: skip
@@ -109,8 +108,8 @@ def colliding(figure):
     return [(s, t) for (s, a), (t, b) in combinations(found, 2) if over(a, b)] + out
 
 
-def words(figure) -> str:
-    return "\n".join(text for text, _ in texts(figure))
+def words(figure) -> set:
+    return {text for text, _ in texts(figure)}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -143,13 +142,21 @@ def test_a_notebook_shows_a_png_on_white_with_its_alt_text():
         plots.show(EXAMPLES["bars"](), " ")
 
 
+def test_lines_points_and_scales_are_what_was_given():
+    axes = EXAMPLES["lines"]().axes[0]
+    line, point = axes.lines
+    assert line.get_xydata().tolist() == [[1, 1.0], [2, 0.5], [8, 0.1]]
+    assert point.get_marker() == "o" and point.get_xydata().tolist() == [[2, 0.5]]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert plots.lines({"a": ([1], [1])}).axes[0].get_yscale() == "linear"
+
+
 def test_losses_are_smoothed_and_seeds_become_a_mean_and_a_range():
     axes = plots.loss_curves({"a": [[4.0, 2.0, 0.0], [6.0, 4.0, 2.0]], "b": [1.0, 2.0, 6.0]}, smooth=2).axes[0]
     a, b = axes.lines
-    assert (a.get_xdata().tolist(), a.get_ydata().tolist()) == ([2, 3], [4.0, 2.0])
-    assert (b.get_xdata().tolist(), b.get_ydata().tolist()) == ([2, 3], [1.5, 4.0])
+    assert a.get_xydata().tolist() == [[2, 4.0], [3, 2.0]] and b.get_xydata().tolist() == [[2, 1.5], [3, 4.0]]
     (longer,) = plots.loss_curves({"a": [1.0, 3.0]}, smooth=9).axes[0].lines  # than the run: its mean
-    assert (longer.get_xdata().tolist(), longer.get_ydata().tolist()) == ([2], [2.0])
+    assert longer.get_xydata().tolist() == [[2, 2.0]]
     (band,) = axes.collections
     assert {(2.0, 3.0), (2.0, 5.0), (3.0, 1.0), (3.0, 3.0)} <= set(map(tuple, band.get_paths()[0].vertices))
 
@@ -165,19 +172,10 @@ def test_curves_that_lie_on_one_another_are_all_seen():
     assert marks == sorted(set(marks), reverse=True)
 
 
-def test_points_lie_where_they_were_put_and_scales_are_logarithmic():
-    axes = EXAMPLES["lines"]().axes[0]
-    line, point = axes.lines
-    assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([1, 2, 8], [1.0, 0.5, 0.1])
-    assert (point.get_marker(), point.get_xdata().tolist(), point.get_ydata().tolist()) == ("o", [2], [0.5])
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    assert plots.lines({"a": ([1], [1])}).axes[0].get_yscale() == "linear"
-
-
 def test_a_fit_tells_the_correlation_in_words():
     x = np.array([0.0, 1.0, 2.0, 3.0])
     figure = plots.scatter({"up": (x, 2 * x + 1), "down": (x, np.array([3.0, 1.0, 2.0, 0.0]))}, fit=True)
-    assert "up, correlation +1.00" in words(figure) and "down, correlation -0.80" in words(figure)
+    assert {"up, correlation +1.00", "down, correlation -0.80"} <= words(figure)
     up, down = figure.axes[0].lines
     assert up.get_ydata().tolist() == pytest.approx([1.0, 7.0])
     assert down.get_ydata().tolist() == pytest.approx([2.7, 0.3])
@@ -212,12 +210,12 @@ def test_bars_have_the_length_of_the_mean_and_tell_the_deviation():
     axes = figure.axes[0]
     widths = [patch.get_width() for patch in axes.patches]
     assert widths == pytest.approx([1.71, 1.66])
-    assert "1.710 ± 0.014" in words(figure) and "1.66" in words(figure)
+    assert {"1.710 ± 0.014", "1.66"} <= words(figure)
     (points,) = [line for line in axes.lines if line.get_marker() == "o"]
     assert points.get_xdata().tolist() == [1.70, 1.72]
     (error,) = axes.collections
     assert np.ptp(error.get_segments()[0][:, 0]) == pytest.approx(2 * 0.01 * 2**0.5)
-    assert {"73,728", "786,432", "800,000"} <= set(words(EXAMPLES["bars, large"]()).split("\n"))
+    assert {"73,728", "786,432", "800,000"} <= words(EXAMPLES["bars, large"]())
 
 
 def test_a_gradient_report_tells_right_from_wrong_in_words():
@@ -241,18 +239,18 @@ def test_a_diverging_map_is_white_at_zero_and_small_ones_have_numbers():
     assert [t.get_text() for t in axes.texts] == ["0", "-1", "0.5", "0.25"]
     assert [to_hex(t.get_color()) for t in axes.texts] == ["#000000", "#ffffff", "#000000", "#000000"]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["a", "b"]
-    plain = EXAMPLES["heat_map, large"]().axes[0]
+    plain = plots.heat_map(np.ones((40, 30)), diverging=False).axes[0]
     assert not plain.texts and plain.images[0].get_cmap().name == "cividis"
 
 
 def test_attention_has_a_panel_for_each_head_and_names_its_tokens():
-    figure = EXAMPLES["attention"]()
+    figure = plots.attention(attention_of(4, 12), "Enter Macb\n ", "Heads")
     panels = [axes for axes in figure.axes if axes.get_title(loc="left").startswith("head")]
     assert [axes.get_title(loc="left") for axes in panels] == [f"head {i}" for i in range(4)]
     for P, axes in zip(attention_of(4, 12), panels, strict=True):
         assert (axes.images[0].get_array() == P).all()
         assert [t.get_text() for t in axes.get_xticklabels()] == [*"Enter␣Macb↵␣"]
-    long = EXAMPLES["attention, long"]()
+    long = plots.attention(attention_of(3, 33), "x" * 33)
     assert len(long.axes) == 4 and not long.axes[0].get_xticklabels()  # 3 heads and the colours
 
 
@@ -311,20 +309,15 @@ COMPARISONS = {"1": compared("lora"), "2": compared("dora", "dora_detached"), "3
 def test_the_comparison_of_any_number_of_methods_can_be_read(result):
     figure = figures.comparison(result)
     assert colliding(figure) == []
-    assert sorted(text.get_text() for text in figure.axes[1].texts) == sorted(result["curves"])
-
-
-def test_each_method_of_a_comparison_has_a_look_of_its_own_and_the_legend_shows_it():
-    result = many(36)
-    figure = figures.comparison(result)
     curves, trade = figure.axes[:2]
-    looks = {line.get_label(): (line.get_color(), line.get_linestyle(), line.get_marker()) for line in curves.lines}
-    assert list(looks) == list(result["curves"]) and len(set(looks.values())) == len(looks)
+    assert sorted(text.get_text() for text in trade.texts) == sorted(result["curves"])
+    looks = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in curves.lines]
+    assert [line.get_label() for line in curves.lines] == list(result["curves"])
+    assert len(set(looks)) == len(looks)  # no two methods look alike
     (legend,) = [legend for part in figure.subfigs for legend in part.legends]
-    shown = {t.get_text(): (h.get_color(), h.get_linestyle(), h.get_marker())
-             for t, h in zip(legend.get_texts(), legend.get_lines(), strict=True)}  # fmt: skip
-    assert shown == looks
-    assert [(p.get_color(), p.get_marker()) for p in trade.lines] == [(c, m) for c, _, m in looks.values()]
+    assert [text.get_text() for text in legend.get_texts()] == list(result["curves"])
+    assert [(h.get_color(), h.get_linestyle(), h.get_marker()) for h in legend.get_lines()] == looks
+    assert [(p.get_color(), p.get_marker()) for p in trade.lines] == [(c, m) for c, _, m in looks]
 
 
 def test_a_comparison_shows_the_recorded_losses_on_axes_that_are_scaled_to_them():
@@ -348,12 +341,11 @@ def test_a_method_that_diverged_does_not_squeeze_the_others():
     assert 1.7 < low < 1.9 and 2.35 < high < 2.7
 
 
-def test_arrays_of_a_device_are_drawn_too():
-    def there(array):
-        return Tensor(array).data
-
-    (line,) = plots.singular_values({"low": there(LOW_RANK)}).axes[0].lines
+def test_arrays_of_a_device_are_drawn_too(monkeypatch):
+    cupy = standin_cupy.module()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    (line,) = plots.singular_values({"low": cupy.asarray(LOW_RANK)}).axes[0].lines
     assert len(line.get_ydata()) == 3
-    assert plots.heat_map(there(np.ones((2, 2)))).axes[0].images
-    assert plots.attention(there(attention_of(2, 5)), "abcde").axes[0].images
-    assert plots.lines({"a": (there(np.ones(3)), there(np.ones(3)))}).axes[0].lines
+    for figure in (plots.heat_map(cupy.ones((2, 2))), plots.attention(cupy.asarray(attention_of(2, 5)), "abcde")):
+        assert figure.axes[0].images
+    assert plots.lines({"a": (cupy.ones(3), cupy.ones(3))}).axes[0].lines
