@@ -76,12 +76,14 @@ def with_cross_terms(bank, weights) -> dict:
 
 @every_case
 @both_hosts
-@pytest.mark.parametrize("ranks", [(2, 2), (3, 2)], ids=["equal ranks", "other ranks"])
-@pytest.mark.parametrize("methods", [("lora", "lora"), ("lora", "rslora")], ids="-".join)
-@pytest.mark.parametrize("weights", [(0.7, 0.3), (0.7, -0.3), (0.0, 2.0)], ids=str)
-def test_cat_is_combine(host, dtype, ranks, methods, weights):
+@pytest.mark.parametrize(
+    ("second", "ranks", "weights"),
+    [("lora", (2, 2), (0.7, 0.3)), ("lora", (3, 2), (0.7, -0.3)), ("rslora", (3, 2), (0.7, 0.3))],
+    ids=str,
+)
+def test_cat_is_combine(host, dtype, second, ranks, weights):
     """The updates, and what the models compute with them; the layers that only one of the two adapts included."""
-    bank, wrapped = make_banks(host, dtype, ranks, methods)
+    bank, wrapped = make_banks(host, dtype, ranks, ("lora", second))
     bank.combine("sum", dict(zip(NAMES, weights, strict=True)))
     wrapped.add_weighted_adapter([*NAMES], list(weights), "sum", combination_type="cat")
     ours, theirs = deltas(bank), torch_deltas(wrapped, "sum")
@@ -94,10 +96,9 @@ def test_cat_is_combine(host, dtype, ranks, methods, weights):
         assert_close(bank.model(inputs).data, wrapped(to_torch(inputs)), 5 * TOLERANCE[dtype], "output")
 
 
-@both_hosts
-def test_cat_of_an_rslora_that_comes_first_is_too_large_by_the_root_of_the_rank(host):
+def test_cat_of_an_rslora_that_comes_first_is_too_large_by_the_root_of_the_rank():
     """The new adapter takes use_rslora from the first one, and so a factor √r that belongs to none of them."""
-    bank, wrapped = make_banks(host, np.float64, methods=("rslora", "lora"))
+    bank, wrapped = make_banks("gpt", np.float64, methods=("rslora", "lora"))
     bank.combine("sum", dict.fromkeys(NAMES, 1.0))
     wrapped.add_weighted_adapter([*NAMES], [1.0, 1.0], "sum", combination_type="cat")
     theirs = torch_deltas(wrapped, "sum")
@@ -110,7 +111,7 @@ def test_cat_of_an_rslora_that_comes_first_is_too_large_by_the_root_of_the_rank(
 
 @every_case
 @both_hosts
-@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.7, 0.3), (0.7, -0.3)], ids=str)
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (0.7, -0.3)], ids=str)
 def test_linear_has_the_cross_terms_and_is_far_from_the_sum(host, dtype, weights):
     weights = dict(zip(NAMES, weights, strict=True))
     bank, wrapped = make_banks(host, dtype, targets=[TARGETS[host][0]] * 2)
@@ -122,9 +123,3 @@ def test_linear_has_the_cross_terms_and_is_far_from_the_sum(host, dtype, weights
     for path, update in theirs.items():
         assert_close(formula[path], update, max(TOLERANCE[dtype], 1e-7), path)  # PEFT's roots are float32 numbers
         assert np.linalg.norm(update - exact[path]) > 0.5 * np.linalg.norm(exact[path]), path
-
-
-def test_linear_wants_equal_ranks():
-    _, wrapped = make_banks("mlp", np.float32, ranks=(2, 3))
-    with pytest.raises(ValueError, match="same r value"):
-        wrapped.add_weighted_adapter([*NAMES], [0.5, 0.5], "sum", combination_type="linear")
