@@ -76,6 +76,12 @@ def assert_same_logits(ours, theirs, tolerance=1e-6):
     assert_close(logits(ours), logits(theirs), tolerance, "logits")
 
 
+def assert_same_tensors(*files):
+    """The same names, and under each the same bytes."""
+    one, other = ({name: array.tobytes() for name, array in load_file(file).items()} for file in files)
+    assert one == other
+
+
 def trained_by_peft(folder, config, seed=0):
     """A PEFT model after a few steps of AdamW."""
     torch.manual_seed(seed)
@@ -101,28 +107,25 @@ def trained_here(model, name, targets="all-linear", **options):
 # ---------------------------------------------------------------------------------------------- transformers' GPT-2
 
 
-@pytest.mark.parametrize("kind", ["with a head", "without", "in shards"])
-def test_a_gpt2_of_transformers_is_the_same_here(folder, tmp_path, kind):
-    theirs = theirs_of(folder)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *((kind, torch.float32) for kind in ("with a head", "without", "in shards")),
+        *(("with a head", dtype) for dtype in (torch.float16, torch.bfloat16, torch.float64)),
+    ],
+)
+def test_a_gpt2_of_transformers_is_the_same_here_in_float32(folder, tmp_path, kind, dtype):
+    theirs = theirs_of(folder, dtype)
     saved = theirs.transformer if kind == "without" else theirs
     saved.save_pretrained(tmp_path, max_shard_size="30KB" if kind == "in shards" else "1GB")
     assert len(list(tmp_path.glob("*.safetensors"))) == (1 if kind != "in shards" else 5)
-    assert_same_logits(load_base(tmp_path), theirs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_dtypes_are_read_as_float32(folder, tmp_path, dtype):
-    theirs = theirs_of(folder, dtype)
-    theirs.save_pretrained(tmp_path)
-    assert_same_logits(load_gpt2(tmp_path), theirs.float())
+    assert_same_logits(load_base(tmp_path), theirs.float())
 
 
 def test_what_is_written_here_transformers_reads(folder, tmp_path):
     save_gpt2(tmp_path, load_gpt2(folder))
     np.testing.assert_array_equal(logits(theirs_of(tmp_path)), logits(theirs_of(folder)))
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
-    assert before.keys() == after.keys()
-    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    assert_same_tensors(folder / "model.safetensors", tmp_path / "model.safetensors")
 
 
 def test_the_shipped_model_in_transformers(tmp_path):
@@ -181,9 +184,7 @@ def test_what_peft_trained_gives_its_logits_here_and_the_same_tensors_again(fold
     assert np.abs(logits(ours) - logits(load_gpt2(folder))).max() > 0.05  # the adapter does something
     assert_same_logits(ours, theirs)
     save_peft(tmp_path / "again", ours, save_projection="without" not in kind)
-    before, after = (load_file(tmp_path / which / "adapter_model.safetensors") for which in ("theirs", "again"))
-    assert before.keys() == after.keys()
-    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    assert_same_tensors(*(tmp_path / which / "adapter_model.safetensors" for which in ("theirs", "again")))
     assert_same_logits(ours, peft.PeftModel.from_pretrained(theirs_of(folder), tmp_path / "again").eval())
 
     save_adapter(tmp_path / "own", ours, fingerprint(load_gpt2(folder)))
@@ -225,47 +226,31 @@ def test_pissa_converted_by_peft_equals_the_conversion_here(folder, tmp_path):
 
 # -------------------------------------------------------------------------------------------- what was trained here
 
-TARGETS = {
-    "all": "all-linear",
-    "q and v": ["q", "v"],
-    "down": ["down"],
-    "o and up of one block": ["blocks.1.o", "blocks.1.up"],
-}
+ALL_LINEAR = {"targets": "all-linear"}
+PATTERNS = {"rank_pattern": {"blocks.0.q": 5, "up": 2}, "alpha_pattern": {"k": 4.0, "blocks.1.down": 8.0}}
+TRAINED = [  # (method, targets and options, options of save_peft)
+    *((name, ALL_LINEAR, {}) for name in methods.names() if name not in ("full", "vera")),
+    *(
+        (name, {"targets": targets}, {})
+        for name in ("lora", "dora", "pissa")
+        for targets in (["q", "v"], ["down"], ["blocks.1.o", "blocks.1.up"])
+    ),
+    *((name, ALL_LINEAR | PATTERNS, {}) for name in ("lora", "rslora", "dora", "pissa")),
+    *(("vera", {"targets": targets, "r": 40}, {}) for targets in (["o", "up", "down"], ["up"])),
+    *((name, ALL_LINEAR | {"r": 5}, {"form": "lora"}) for name in ("vera", "lora_plus", "rslora", "delta_lora")),
+]
 
 
 def in_peft(folder, path):
     return peft.PeftModel.from_pretrained(theirs_of(folder), path).eval()
 
 
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("name", [name for name in methods.names() if name not in ("full", "vera")])
-def test_what_was_trained_here_gives_the_same_logits_in_peft(folder, tmp_path, name, targets):
-    ours = trained_here(load_gpt2(folder), name, TARGETS[targets])
+@pytest.mark.parametrize(("name", "options", "form"), TRAINED, ids=str)
+def test_what_was_trained_here_gives_the_same_logits_in_peft(folder, tmp_path, name, options, form):
+    ours = trained_here(load_gpt2(folder), name, **options)
     assert np.abs(logits(ours) - logits(load_gpt2(folder))).max() > 0.05
-    save_peft(tmp_path, ours)
-    assert_same_logits(ours, in_peft(folder, tmp_path))
-
-
-@pytest.mark.parametrize("name", ["lora", "rslora", "dora", "pissa"])
-def test_layers_with_ranks_of_their_own(folder, tmp_path, name):
-    patterns = {"rank_pattern": {"blocks.0.q": 5, "up": 2}, "alpha_pattern": {"k": 4.0, "blocks.1.down": 8.0}}
-    ours = trained_here(load_gpt2(folder), name, **patterns)
-    save_peft(tmp_path, ours)
-    assert_same_logits(ours, in_peft(folder, tmp_path))
-
-
-@pytest.mark.parametrize("targets", [["o", "up", "down"], ["up"]], ids=str)
-def test_vera_of_layers_that_peft_has_apart_too(folder, tmp_path, targets):
-    ours = trained_here(load_gpt2(folder), "vera", targets, r=40)
-    save_peft(tmp_path, ours)
-    assert_same_logits(ours, in_peft(folder, tmp_path))
-
-
-@pytest.mark.parametrize("name", ["vera", "lora_plus", "rslora", "delta_lora"])
-def test_any_thin_update_as_lora(folder, tmp_path, name):
-    ours = trained_here(load_gpt2(folder), name, r=5)
-    config = save_peft(tmp_path, ours, form="lora")
-    assert config["peft_type"] == "LORA" and not config["use_rslora"]
+    config = save_peft(tmp_path, ours, **form)
+    assert not form or (config["peft_type"] == "LORA" and not config["use_rslora"])
     assert_same_logits(ours, in_peft(folder, tmp_path))
 
 
@@ -343,9 +328,7 @@ def test_a_method_file_that_was_dropped_in_reads_what_peft_trained(tmp_path, mon
     ours = load_peft(tmp_path / "theirs", make())
     assert np.abs(logits(ours) - logits(make())).max() > 0.05
     save_peft(tmp_path / "again", ours, names="minilora")
-    before, after = (load_file(tmp_path / which / "adapter_model.safetensors") for which in ("theirs", "again"))
-    assert before.keys() == after.keys()
-    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    assert_same_tensors(*(tmp_path / which / "adapter_model.safetensors" for which in ("theirs", "again")))
     again = TorchGPT(config)
     copy_to_torch(make(), again)
     again = peft.PeftModel.from_pretrained(again, tmp_path / "again").eval()
