@@ -94,17 +94,12 @@ def test_a_square_gradient_that_is_transposed_is_guessed(array, sizes):
     assert all("transposed" in row.advice for row in rows(report, array))
 
 
-def test_where_B_is_zero_the_gradient_of_A_is_a_blind_spot():
-    report = check_method(LoRA(r=3), at_init=True)
-    assert report
-    assert all("blind spot" in row.advice for row in rows(report, "A"))
-    assert not any(row.advice for row in [*rows(report, "B"), *rows(report, "x")])
-
-
 def test_an_error_in_the_blind_spot_shows_only_off_the_initial_point():
     """This is why a method is checked at a random point too: seven times zero is zero."""
     seven_times = wrong(change("A", lambda g: 7.0 * g))
-    assert check_method(seven_times, at_init=True)
+    report = check_method(seven_times, at_init=True)
+    assert report
+    assert all(("blind spot" in row.advice) == (row.array == "A") for row in report.rows)
     report = check_method(seven_times)
     assert not report
     assert all("constant factor 7:" in row.advice for row in rows(report, "A"))
@@ -117,12 +112,9 @@ def test_a_method_is_checked_by_both_ways_unless_it_is_not_holomorphic():
     assert {row.method for row in check_method(stepped).rows} == {"central"}
 
 
-def test_a_rank_that_does_not_fit_is_refused():
+def test_a_rank_that_does_not_fit_and_a_gradient_too_few_or_too_many_are_errors():
     with pytest.raises(InputError, match=r"r=7 is larger than this layer allows, \(6, 7\): at most 6"):
         check_method(LoRA(r=7))
-
-
-def test_a_method_that_forgets_a_gradient_or_returns_one_too_many_is_an_error():
     for mistake in (lambda dx, grads, *_: (dx, {"A": grads["A"]}), lambda dx, grads, *_: (dx, {**grads, "C": dx})):
         with pytest.raises(InputError, match=r"backward returns gradients for .*, trainable are \['A', 'B'\]"):
             check_method(wrong(mistake))
@@ -155,6 +147,8 @@ def test_a_right_gradient_passes_by_both_methods():
     assert all(row.error <= (1e-7 if row.method == "central" else 1e-12) for row in report.rows)
     assert report.worst_error == max(row.error for row in report.rows)
     assert [row.method for row in gradcheck(cubic, RIGHT, POINT, complex_step=False).rows] == ["central", "central"]
+    for gradient, right in ((6.0, True), (5.0, False)):  # of a scalar
+        assert bool(gradcheck(lambda x: x * x, {"x": np.array(gradient)}, {"x": np.array(3.0)})) is right
 
 
 def test_the_worst_entry_is_named_with_both_values():
@@ -173,11 +167,6 @@ def test_the_complex_step_sees_what_central_differences_cannot():
     nearly = {"x": RIGHT["x"] * (1.0 + 1e-10)}
     assert gradcheck(cubic, nearly, POINT, complex_step=False)
     assert [row.method for row in gradcheck(cubic, nearly, POINT).rows if not row.ok] == ["complex"]
-
-
-def test_a_scalar_array():
-    assert gradcheck(lambda x: x * x, {"x": np.array(6.0)}, {"x": np.array(3.0)})
-    assert not gradcheck(lambda x: x * x, {"x": np.array(5.0)}, {"x": np.array(3.0)})
 
 
 def test_a_gradient_of_zero_is_right_and_a_blind_spot():
@@ -219,7 +208,7 @@ def squares(x):
     return (x * x).sum()
 
 
-def test_a_large_array_is_checked_along_directions():
+def test_a_large_array_is_checked_along_directions_which_catch_one_wrong_entry():
     assert LARGE["x"].size > MAX_ENTRIES
     calls = []
 
@@ -231,13 +220,9 @@ def test_a_large_array_is_checked_along_directions():
     assert report
     assert module.DIRECTIONS * (2 + 1) <= len(calls) < LARGE["x"].size / 10  # central: two calls; complex: one
     assert all(len(row.worst) == 1 for row in report.rows)  # the direction's number
-
-
-def test_directions_catch_one_wrong_entry():
     off = 2 * LARGE["x"]
     off[7, 3] += 1.0
-    report = gradcheck(squares, {"x": off}, LARGE)
-    assert not any(row.ok for row in report.rows)
+    assert not any(row.ok for row in gradcheck(squares, {"x": off}, LARGE).rows)
 
 
 # -------------------------------------------------------------------------------- what is refused
@@ -269,7 +254,6 @@ NOT_AN_ARRAY = "the gradient of x is {}, not an array"
     [
         (RIGHT, {**POINT, "x": POINT["x"].astype(np.float32)}, "x is float32; a check needs float64"),
         ({"y": RIGHT["x"]}, POINT, r'there is a gradient for "y", the arrays are \[\'c\', \'x\'\]'),
-        ({"x": None}, POINT, NOT_AN_ARRAY.format("NoneType")),
         ({"x": 1.0}, POINT, NOT_AN_ARRAY.format("float")),
         ({"x": Tensor(np.ones((3, 4)))}, POINT, NOT_AN_ARRAY.format("Tensor")),
     ],
@@ -321,7 +305,6 @@ def test_an_operation_with_a_wrong_backward_fails():
     report = check_operation(right, arrays)
     assert report and report.title == "double"
     assert {row.method for row in report.rows} == {"central", "complex"}
-    assert check_operation(right, arrays, "a title").title == "a title"
     assert not check_operation(swapped, arrays)
 
 
@@ -336,8 +319,10 @@ class Bowl(Module):
         def bowl_forward(need, w, c):
             return (targets * c * w * w).sum(), {"w": w, "c": c}
 
-        backward = lambda need, dy, saved: (dy * self.slope * targets * saved.c * saved.w, None)
-        return Operation(bowl_forward, backward)(self.w, self.frozen)
+        def bowl_backward(need, dy, saved):
+            return dy * self.slope * targets * saved.c * saved.w, None
+
+        return Operation(bowl_forward, bowl_backward)(self.w, self.frozen)
 
 
 def test_a_model_is_checked_in_its_trainable_parameters():
@@ -350,23 +335,17 @@ def test_a_model_is_checked_in_its_trainable_parameters():
     assert all("factor 0.5:" in row.advice for row in rows(wrong_slope, "w"))
 
 
-def test_checking_a_model_leaves_it_as_it_was():
+def test_checking_a_model_leaves_it_and_its_optimizer_as_they_were():
+    """The optimizer's gradients are views of its flat buffer: a check that replaced them would end all training."""
     config = GPTConfig(vocab_size=5, n_positions=3, n_embd=4, n_layer=1, n_head=2)
     gpt = adapt(GPT(config, dtype=np.float64), "lora", ["q"], verbose=False, r=1)
+    optimizer = SGD(gpt.trainable(), lr=0.1)
+    buffers = {name: p.grad for name, p in gpt.trainable().items()}
     arrays = {name: p.data for name, p in gpt.named_parameters()}
     copies = {name: a.copy() for name, a in arrays.items()}
     ids = np.array([[0, 1, 2]])
     check_model(gpt, ids, ids)
+    assert all(p.grad is buffers[name] for name, p in gpt.trainable().items()) and not optimizer.grad.any()
     for name, p in gpt.named_parameters():
         assert p.data is arrays[name]
         np.testing.assert_array_equal(p.data, copies[name])
-
-
-def test_a_model_may_be_checked_between_training_steps():
-    """The optimizer's gradients are views of its flat buffer: a check that replaced them would end all training."""
-    bowl, targets = Bowl(), normal(3, seed=2)
-    optimizer = SGD(bowl.trainable(), lr=0.1)
-    buffer = bowl.w.grad
-    check_model(bowl, None, targets)
-    assert bowl.w.grad is buffer
-    assert not optimizer.grad.any()

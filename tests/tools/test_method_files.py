@@ -106,7 +106,8 @@ def test_a_file_in_the_folder_is_a_method_everywhere(dropped_in, name, tmp_path,
     base, out, form = (str(tmp_path / part) for part in ("tiny.safetensors", "out", "form"))
     save_model(base, GPT(GPTConfig(n_positions=32, n_embd=16, n_layer=1, n_head=2)))
     flags = ["--flipped", "--cuts", "1", "--no-flipped", "--shift", "0"] if name == "marked" else []
-    common = ["--base", base, "--steps", "2"]
+    (tmp_path / "mine.txt").write_text("When shall we three meet again?\n" * 12)  # little to evaluate on
+    common = ["--base", base, "--data", str(tmp_path / "mine.txt"), "--steps", "2", "--workers", "1"]
     assert main(["train", name, *common, "--r", "3", "--lr", "0.1", "--out", out, *flags]) == 0
     assert main(["train", "--resume", out]) == 0
     assert main(["export", out, form, "--form", "merged", "--base", base]) == 0
