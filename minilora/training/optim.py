@@ -1,7 +1,4 @@
-"""AdamW over one flat buffer.
-
-All trained arrays become views of one vector, so a step is a handful of array operations however many there are.
-"""
+"""AdamW over one flat buffer: all trained arrays become views of one vector, so a step is a few array operations."""
 
 import math
 
