@@ -78,10 +78,10 @@ def host(model: Module, chosen: dict[str, Adapter], seed=0, parts=None) -> None:
 def shared_shapes(model: Module, chosen, parts=None) -> list:
     """The (d_out, d_in) that shared arrays must serve: those of the layers, up to the last row that a part reaches."""
     found = []
-    for path, (d_out, d_in) in ((path, linear.W.shape) for path, linear in linear_layers(model).items()):
+    for path, linear in linear_layers(model).items():
         if path in chosen:
             last = [rows.stop for rows in (parts or {}).get(path, {}).values()]
-            found.append((max(d_out, *last, 1), d_in))
+            found.append((max(len(linear.W.data), *last, 1), linear.W.shape[1]))
     return found
 
 
