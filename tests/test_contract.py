@@ -246,13 +246,6 @@ def test_merge_and_exact_unmerge(name):
         assert np.array_equal(plain(ids).data, merged)
 
 
-def test_a_merged_model_refuses_to_train():
-    model = trained("lora", steps=1)
-    merge(model)
-    with pytest.raises(RuntimeError, match="unmerge"):
-        model.loss(*next(tiny_batches()))
-
-
 def test_all_methods_draw_the_same_A_and_each_seed_another():
     drawn = {0: set(), 1: set()}
     for name in METHODS:
