@@ -20,6 +20,7 @@ from minilora.files.checkpoint import load_adapter, load_training, open_training
 from minilora.files.errors import AdapterFormatError
 from minilora.files.peft import load_peft
 from minilora.files.tensorfile import write_tensors
+from minilora.lab import finetune
 from minilora.surgery import adapted_layers
 from minilora.tools.contract import CHECKS, Case
 from minilora.tools.exercises import grade
@@ -90,7 +91,8 @@ def test_options_beside_a_method_that_has_its_own_are_refused(options, message):
 
 
 @pytest.mark.parametrize("name", ["square", "marked"])
-def test_a_file_in_the_folder_is_a_method_everywhere(dropped_in, name, tmp_path, capsys):
+def test_a_file_in_the_folder_is_a_method_everywhere(dropped_in, name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(finetune, "write_sample", lambda *_: "")  # takes longer than the training
     for check in (
         test_contract.test_each_tagged_backward_line_matters_and_the_check_sees_it,
         test_contract.test_shape_comments_are_true_while_the_code_runs,
