@@ -210,6 +210,7 @@ def trained(name, steps=4, seed=0):
 
 @every_method
 def test_training_moves_the_adapter_and_leaves_the_base_bit_identical_twice(name):
+    """A LostGradientWarning would be an error: each array that is trained receives a gradient."""
     frozen = {n: p.data.copy() for n, p in tiny_model().named_parameters()}
     fresh, model, again = (
         adapt(tiny_model(), name, verbose=False, **methods.known(name, r=2)),

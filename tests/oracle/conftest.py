@@ -186,8 +186,3 @@ def copy_to_torch(ours, theirs):
         for name, p, other in parameters_in_both(ours, theirs):
             assert p.shape == tuple(other.shape), name
             other.copy_(to_torch(p.data))
-
-
-def copy_to_minilora(ours, theirs):
-    for _, p, other in parameters_in_both(ours, theirs):
-        p.data[...] = to_numpy(other)

@@ -23,6 +23,7 @@ from minilora.files.base import fingerprint, load_base
 from minilora.files.checkpoint import load_adapter, save_adapter
 from minilora.files.gpt2 import load_gpt2, save_gpt2
 from minilora.files.peft import base_weights, layouts, load_peft, save_peft
+from minilora.lab import finetune
 from minilora.merging import merge_and_unload
 from minilora.surgery import adapted_layers
 
@@ -261,7 +262,7 @@ def test_any_method_merged(folder, tmp_path, name):
     assert_same_logits(merge_and_unload(ours), theirs_of(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["lora", "rslora", "dora", "vera", "delta_lora", "pissa"])
+@pytest.mark.parametrize("name", ["rslora", "dora", "vera", "delta_lora"])
 def test_under_our_own_names(tmp_path, name):
     """For a torch model whose modules are named as here: VeRA's q, k and v go over as they are."""
     config = minilora.GPTConfig(vocab_size=V, n_positions=T, n_embd=16, n_layer=2, n_head=2)
@@ -281,6 +282,7 @@ def test_the_page_s_commands_and_its_lines_for_peft(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "peft.md").read_text(encoding="utf-8")
     block = lambda mark, kind: re.search(rf"{mark}\n```{kind}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(finetune, "write_sample", lambda *_: "")  # takes longer than the training
     for line in block("<!-- commands -->", "sh").splitlines()[:2]:
         assert main(shlex.split(line)[1:]) == 0
     namespace = {}
