@@ -228,7 +228,7 @@ def test_a_large_array_is_checked_along_directions_which_catch_one_wrong_entry()
 # -------------------------------------------------------------------------------- what is refused
 
 
-def test_a_function_that_is_not_holomorphic_is_refused_or_checked_without_the_complex_step():
+def test_a_function_that_is_not_holomorphic_is_refused_or_fails_the_complex_step():
     def lengths(x, c):
         return np.abs(x).sum()
 
@@ -237,8 +237,6 @@ def test_a_function_that_is_not_holomorphic_is_refused_or_checked_without_the_co
         gradcheck(lengths, grads, POINT)
     assert gradcheck(lengths, grads, POINT, complex_step=False)
 
-
-def test_a_function_that_is_holomorphic_in_part_only_fails_the_complex_step():
     def half(x, c):
         return (x * np.abs(x)).sum()  # complex in, complex out, yet d|x| is lost
 
