@@ -302,7 +302,7 @@ def many(count):
     return COMPARED | {"rows": rows, "curves": curves}
 
 
-COMPARISONS = {"1": compared("lora"), "2": compared("dora", "dora_detached"), "30": many(30)}
+COMPARISONS = {"1": compared("lora"), "2": compared("dora", "dora_detached"), "36": many(36)}
 
 
 @pytest.mark.parametrize("result", COMPARISONS.values(), ids=COMPARISONS)
