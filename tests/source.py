@@ -7,7 +7,7 @@ from pathlib import Path
 from minilora import methods
 from minilora.adapter import Adapter
 from minilora.tools import methodfile
-from minilora.tools.methodfile import TAG, code_tags, docstring_and_code, equations, kept  # noqa: F401, for the tests
+from minilora.tools.methodfile import TAG
 
 DROPPED_IN = Path(__file__).parent / "dropped_in"  # method files that are not in the registry
 TARGET = re.compile(r"^\s+(\w+) [-+*/]?= ")
@@ -16,6 +16,10 @@ ASSIGNMENT = re.compile(r"^(\s+)(\w+) = (.+?)  # (.*)$")
 
 def path_of(name: str) -> Path:
     return Path(sys.modules[methods.get(name).__module__].__file__)
+
+
+def text_of(name: str) -> str:
+    return path_of(name).read_text(encoding="utf-8")
 
 
 def load(source: str, name: str) -> type[Adapter]:
@@ -41,8 +45,3 @@ def mutants(source: str):
         for kind, mutate in MUTATIONS.items():
             broken = f"{indent}{target} = {mutate(expression)}  # {comment}"
             yield f"{comment.split()[-1]} {kind}", "\n".join([*lines[:i], broken, *lines[i + 1 :]])
-
-
-def tags(text: str, where: str) -> list[str]:
-    """The equation tags of a "docstring" or of "code", in order."""
-    return [tag for tag, _ in equations(text)] if where == "docstring" else code_tags(text)

@@ -12,6 +12,7 @@ import pytest
 import source
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from source import text_of
 
 from minilora import GPT, AdamW, GPTConfig, adapt, merge, merge_and_unload, methods, no_grad, unmerge
 from minilora.backend import to_host
@@ -19,7 +20,15 @@ from minilora.engine import Saved
 from minilora.surgery import adapted_layers
 from minilora.tools.contract import CHECKS, Case
 from minilora.tools.gradcheck import check_method, method_point
-from minilora.tools.methodfile import kept, length, shape_comments, sizes_of, stated_shapes
+from minilora.tools.methodfile import (
+    code_tags,
+    docstring_and_code,
+    kept,
+    length,
+    shape_comments,
+    sizes_of,
+    stated_shapes,
+)
 from minilora.training.trainer import train
 
 METHODS = methods.names()
@@ -29,10 +38,6 @@ every_method = pytest.mark.parametrize("name", METHODS)
 
 def create(name, **options):
     return methods.create(name, **methods.known(name, **{"r": 3, **options}))
-
-
-def text_of(name):
-    return source.path_of(name).read_text(encoding="utf-8")
 
 
 def point(method, at_init=False, seed=0, **sizes):
@@ -80,7 +85,7 @@ def test_gradients_at_shapes_that_hypothesis_draws(name, data):
 @every_method
 def test_each_tagged_backward_line_matters_and_the_check_sees_it(name):
     broken = list(source.mutants(text_of(name)))
-    tagged = {t for t in source.tags(source.docstring_and_code(text_of(name))[1], "code") if t.startswith("B")}
+    tagged = {t for t in code_tags(docstring_and_code(text_of(name))[1]) if t.startswith("B")}
     assert {description.split()[0] for description, _ in broken} == tagged  # no tagged line escapes
     for description, mutant in broken:
         method = source.load(mutant, name)(**methods.known(name, r=3))
@@ -167,7 +172,7 @@ def test_kept_bytes_are_what_the_allocator_says(name):
         grown = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
     letters = sizes_of(method, **sizes)
-    stated = kept(source.docstring_and_code(text_of(name))[0])
+    stated = kept(docstring_and_code(text_of(name))[0])
     expected = sum(8 * np.prod([length(axis, letters) for axis in shape]) for shape in stated.values())
     assert grown == pytest.approx(expected, rel=0.02)
 

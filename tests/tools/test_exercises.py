@@ -1,23 +1,19 @@
 """The exercises: what is missing is told, the right lines pass, and each mistake is told by its tag."""
 
-import inspect
 import json
 import re
 
 import pytest
 import source
+from source import text_of
 
 from minilora import InputError, methods
 from minilora.cli import main
 from minilora.tools import exercises
 from minilora.tools.exercises import assess, exercise, grade, write_exercise
-from minilora.tools.methodfile import backward_equations, docstring_and_code, read
+from minilora.tools.methodfile import backward_equations, docstring_and_code
 
 OWN = [name for name in methods.names() if "backward" in vars(methods.get(name))]
-
-
-def text_of(name):
-    return read(inspect.getfile(methods.get(name)))
 
 
 @pytest.fixture

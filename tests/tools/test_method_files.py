@@ -155,7 +155,7 @@ def test_arrays_of_any_size_and_integers_come_back_as_they_were(dropped_in, name
 
 
 def changed(name, *pairs):
-    text = (source.DROPPED_IN / f"{name}.py" if name != "lora" else source.path_of(name)).read_text(encoding="utf-8")
+    text = source.text_of(name) if name == "lora" else (source.DROPPED_IN / f"{name}.py").read_text(encoding="utf-8")
     for old, new in pairs:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
