@@ -82,7 +82,7 @@ EXAMPLES = {
 def texts(figure):
     """(text, where it is in pixels) for all that is drawn."""
     renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.draw(renderer)
+    figure.draw_without_rendering()
     unseen = set()
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
