@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -95,17 +95,15 @@ def texts(figure):
     return [(text.get_text(), Text.get_window_extent(text, renderer)) for text in drawn if text not in unseen]
 
 
-def over(a, b):
-    """Whether two boxes lie on each other by more than a pixel."""
-    return min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
-
-
 def colliding(figure):
-    """Pairs of texts that lie on each other, and those that stick out of the figure; too few texts are an error."""
+    """Pairs of texts that lie on each other by more than a pixel, and those that stick out of the figure."""
     found, page = texts(figure), figure.bbox
     assert len(found) >= 3
-    out = [t for t, b in found if b.x0 < page.x0 or b.x1 > page.x1 or b.y0 < page.y0 or b.y1 > page.y1]
-    return [(s, t) for (s, a), (t, b) in combinations(found, 2) if over(a, b)] + out
+    low, high = (np.array([getattr(box, corner) for _, box in found]) for corner in ("min", "max"))
+    shared = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)  # (n, n, 2), width and height
+    pairs = np.argwhere(np.triu((shared > 1).all(axis=2), k=1))
+    out = np.flatnonzero(((low < page.min) | (high > page.max)).any(axis=1))
+    return [(found[i][0], found[j][0]) for i, j in pairs] + [found[i][0] for i in out]
 
 
 def words(figure) -> set:
