@@ -77,7 +77,3 @@ def test_a_trial_has_what_the_page_says():
         if name not in ("Trial", "lora"):
             assert hasattr(trial, name), name
     assert set(inspect.signature(trial.resized).parameters) == {"sizes"}
-
-
-def test_links_lead_somewhere():
-    assert not [link for link in pages.broken_links("contract.md") if not link.startswith("notebooks/")]

@@ -37,16 +37,12 @@ MIXED = "Unsupported type <class 'numpy.ndarray'>"
 REFUSED = {
     "np.asarray(x)": IMPLICIT,
     "np.sqrt(x)": IMPLICIT,
-    "np.add(x, x)": IMPLICIT,
     "np.sum(x)": IMPLICIT,
-    "np.concatenate([x, x])": IMPLICIT,
     "x + h": MIXED,
-    "h @ x": MIXED,
-    "x * np.array(2.0)": MIXED,
     "x == h": MIXED,
     "x.__iadd__(h)": MIXED,
-    "h.__iadd__(x)": MIXED,
     "x.__setitem__(0, h)": MIXED,
+    "h.__iadd__(x)": MIXED,
     "x[np.array([0, 1])]": MIXED,
     "x.fill(np.array(1.0))": MIXED,
     "xp.multiply(x, 2.0, out=h)": MIXED,
@@ -54,15 +50,10 @@ REFUSED = {
     "xp.exp([1.0])": "Unsupported type <class 'list'>",
     "xp.add.at(x, 0, h)": MIXED,
     "xp.add.at(x.astype(complex), i, x)": "scatter_add only supports",
-    "xp.matmul(x, x, out=h)": MIXED,
     "xp.matmul(x, x, axes=[(0, 1)] * 3)": "axes",
     "xp.concatenate([x, h])": MIXED,
     "xp.stack([1.0, 2.0])": "Unsupported type <class 'float'>",
-    "xp.where(x > 0, h, x)": MIXED,
-    "xp.einsum('i,i->', x, h)": MIXED,
-    "xp.zeros_like(h)": MIXED,
     "x.sum(where=x > 0)": "where",
-    "x.max(initial=0.0)": "initial",
     "xp.zeros(3, device='cuda')": "device",
     "hash(x)": "unhashable",
 }
@@ -78,15 +69,6 @@ def test_what_cupy_or_the_tables_do_not_have_is_missing(cupy):
     for code in ("xp.errstate", "xp.random", "xp.RawKernel", "x.std", "x.tobytes", "x.cumsum", "x.flat"):
         with pytest.raises(AttributeError):
             in_the_library(code, x=cupy.ones(3), xp=cupy)
-
-
-def test_a_test_may_mix_the_two(cupy):
-    x, h = cupy.arange(3.0), np.arange(3.0)
-    np.testing.assert_array_equal(x, h)
-    assert type(x + h) is np.ndarray and type(np.sqrt(x)) is np.ndarray and type(x + x) is ndarray
-    assert x.sum() == pytest.approx(3.0) and f"{x.sum():.1f}" == "3.0" and float(x.std()) == h.std()
-    h += x
-    assert h.tolist() == [0.0, 2.0, 4.0] and not waits
 
 
 def test_results_are_arrays_in_the_dtype_of_arrays(cupy):
@@ -186,8 +168,9 @@ def test_a_training_is_the_host_s_and_waits_once_a_step(cupy, name):
 
 def test_the_page_s_python_runs(cupy):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8"), re.DOTALL)
-    names = {}
-    exec(compile(block, "docs/gpu.md", "exec"), names)
+    names, small = {}, block.replace("batch=8, context=128", "batch=1, context=16")
+    assert small != block
+    exec(compile(small, "docs/gpu.md", "exec"), names)
     assert type(next(iter(names["model"].trainable().values())).data) is ndarray
     assert np.isfinite(names["history"].loss).all()
 
