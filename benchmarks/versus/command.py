@@ -1,6 +1,5 @@
 """What the commands that drive sides share: where results go, and one line for what stops a run."""
 
-import json
 import sys
 
 from .side import SideError
@@ -16,12 +15,6 @@ def stem(parser, out, name):
     if not out.resolve().parent.is_dir():
         parser.error(f"--out: there is no folder {out.resolve().parent}")
     return out
-
-
-def write(seen, page, out):
-    """All that was measured, and its page; called after every row, so that a run that is stopped leaves what it had."""
-    out.with_suffix(".json").write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
-    out.with_suffix(".md").write_text(page + "\n", encoding="utf-8")
 
 
 def say(name, install, run):
