@@ -151,6 +151,11 @@ def arrays_of(gpt):
     return {k: to_host(p.data).copy() for k, p in gpt.named_parameters()}
 
 
+def assert_same(there, here):
+    for name, array in here.items():
+        np.testing.assert_array_equal(to_host(there[name]), array, err_msg=name)
+
+
 @pytest.mark.parametrize("name", methods.names())
 def test_a_training_is_the_host_s_and_waits_once_a_step(cupy, name):
     losses = []
@@ -188,10 +193,8 @@ def test_a_step_that_is_not_finite_moves_nothing(cupy, value, where, monkeypatch
     before, state = arrays_of(gpt), {k: to_host(v).copy() for k, v in optimizer.state().items() if hasattr(v, "shape")}
     with pytest.raises(TrainingStopped, match=f"{where}.* is (inf|nan); lower the learning rate"):
         run(gpt, optimizer, 1, micro_batches=2)
-    for k, a in arrays_of(gpt).items():
-        np.testing.assert_array_equal(a, before[k])
-    for k, a in state.items():
-        np.testing.assert_array_equal(to_host(optimizer.state()[k]), a)
+    assert_same(arrays_of(gpt), before)
+    assert_same(optimizer.state(), state)
 
 
 def test_ids_are_checked_on_the_host_and_on_the_device(cupy):
@@ -205,20 +208,16 @@ def test_ids_are_checked_on_the_host_and_on_the_device(cupy):
     assert same == float(gpt.loss(ids, targets).data)
 
 
-def test_an_adapted_model_moves_with_all_that_it_remembers(cupy):
+def test_a_model_moves_with_all_that_it_remembers(cupy):
     gpt = model("pissa", "cpu")
     merge(gpt)
     original = arrays_of(unload(model("pissa", "cpu")))
     gpt.to("cuda")
     with no_grad():
         assert type(gpt(batch()[0]).data) is ndarray
-    for k, p in unload(gpt).named_parameters():
-        assert type(p.data) is ndarray, k
-        np.testing.assert_array_equal(p.data, original[k])
-
-
-def test_a_gradient_that_was_added_moves_too(cupy):
-    gpt = model(None, "cpu")
+    assert all(type(p.data) is ndarray for _, p in unload(gpt).named_parameters())
+    assert_same(arrays_of(gpt), original)
+    gpt = model(None, "cpu")  # and a gradient that was added
     backward(gpt.loss(*batch()))
     backward(gpt.to("cuda").loss(*batch()))
     assert all(type(p.grad) is ndarray for p in gpt.trainable().values())
