@@ -76,6 +76,7 @@ class Kernel:
         inputs, outputs = ([p.split() for p in text.split(",")] for text in (in_params, out_params))
         self.inputs, self.params, self.name = len(inputs), inputs + outputs, name
         self.preamble, self.body, self.parts = preamble, body, parts
+        self.functions = {}  # compiled, by which parameters are numbers and by dtypes
 
     def take(self, args):
         """(host arrays and numbers, the dtype's name of each letter) of a launch, refused as CuPy refuses them."""
@@ -107,10 +108,13 @@ class Kernel:
                 array = np.broadcast_to(array, shape)
             ready.append(np.ascontiguousarray(array))
         if rows and n:
-            build_the_library_s()
-            name, text = self.source(numbers, **letters)
-            build({name: text})
-            compiled[name]((ctypes.c_void_p * len(ready))(*(a.ctypes.data for a in ready)), rows, n)
+            key = *numbers, *letters.values()
+            if key not in self.functions:
+                build_the_library_s()
+                name, text = self.source(numbers, **letters)
+                build({name: text})
+                self.functions[key] = compiled[name]
+            self.functions[key]((ctypes.c_void_p * len(ready))(*(a.ctypes.data for a in ready)), rows, n)
         for host, array in zip(hosts[self.inputs :], ready[self.inputs :], strict=True):
             if array is not host:
                 host[...] = array
