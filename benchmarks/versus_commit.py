@@ -23,7 +23,7 @@ from pathlib import Path
 
 from shapes import SIZES
 from versus import settings
-from versus.command import Failure, say
+from versus.command import Failure, check, say
 from versus.side import Side, in_turns, medians, ratio
 
 ROWS = [("S", "lora"), ("M", "lora"), ("L", "lora"), *(("M", name) for name in ("full", "lora_fa", "vera", "dora"))]
@@ -61,9 +61,7 @@ def compare(size, method, args, path):
                 side.ask("make", size=size, method=method, path=path)
             side.ask("build", size=size, method=method, path=path, workers=args.workers)
             losses[label] = [loss for loss, _ in side.ask("steps", n=settings.CHECKED_STEPS)]
-        apart = max(abs(a - b) for a, b in zip(losses["before"], losses["after"], strict=True))
-        if not apart <= settings.TOLERANCE:  # a NaN is not an agreement
-            raise Failure(f"{size}, {method}: the losses are {apart:.1e} apart: {losses}")
+        check(losses, "before", f"{size}, {method}")
         rounds, steps = settings.TURNS[size]
         begin = {label: side.ask("cpu") for label, side in sides.items()}
         ms = in_turns(sides, args.rounds or rounds, what="step", n=steps, warm=settings.UNTIMED.get(size, 1))

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from shapes import SIZES
 from versus import report, settings
-from versus.command import Failure, say, stem
-from versus.settings import CHECKED_STEPS, FIRST_STEP_ONLY, METHODS, MICRO_BATCHES, PROMPT, TOKENS, TOLERANCE
+from versus.command import Failure, check, say, stem
+from versus.settings import CHECKED_STEPS, FIRST_STEP_ONLY, METHODS, MICRO_BATCHES, PROMPT, TOKENS
 from versus.side import PAUSE, Side, SideError, in_turns, medians, ratio
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -104,25 +104,13 @@ def compare(size, method, threads, args, folder):
         row |= {"trained": built[OURS]["trained"], "torch_adamw": built[THEIRS]["adamw"], "losses": losses}
         if built[OURS]["trained"] != built[THEIRS]["trained"]:
             raise Failure(f"{size}, {method}: the two sides do not train the same number of parameters, {built}")
-        row["loss_distance"] = check(losses, f"{size}, {method}, {threads} thread(s)", method)
+        row["loss_distance"] = check(
+            losses, THEIRS, f"{size}, {method}", 1 if method in FIRST_STEP_ONLY else CHECKED_STEPS
+        )
         for side in sides.values():
             side.ask("idle_rate")
         time_all(row, sides, args)
     return row
-
-
-def check(losses, where, method):
-    """The largest distance of any side's loss from PyTorch's in the checked steps. Raises Failure for another loss."""
-    theirs, steps = losses[THEIRS], 1 if method in FIRST_STEP_ONLY else CHECKED_STEPS
-    apart = {
-        label: max(abs(a - b) for a, b in zip(ours[:steps], theirs, strict=False)) for label, ours in losses.items()
-    }
-    worst = max(apart, key=apart.get)
-    if not apart[worst] <= TOLERANCE:  # a NaN is no agreement
-        raise Failure(f"{where}: {worst} and torch are {apart[worst]:.1e} apart: {losses[worst]} and {theirs}")
-    if not all(a[0] - a[-1] > 100 * TOLERANCE for a in losses.values()):
-        raise Failure(f"{where}: the loss fell too little for the check to mean much: {losses}")
-    return apart[worst]
 
 
 def time_all(row, sides, args):
