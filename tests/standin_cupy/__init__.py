@@ -248,7 +248,7 @@ def binary(name, swapped=False):
 
 
 for name in UNARY:
-    setattr(ndarray, f"__{name}__", lambda self, operate=getattr(operator, name): wrap(operate(self._host)))
+    setattr(ndarray, f"__{name}__", lambda self, name=name: wrap(getattr(operator, name)(self._host)))
 for name in ATTRIBUTES:
     setattr(ndarray, name, property(operator.attrgetter(f"_host.{name}")))
 for name in VIEWS:
