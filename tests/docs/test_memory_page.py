@@ -1,6 +1,5 @@
 """docs/memory.md is true: its arithmetic is the record's and what the graph holds, its code runs."""
 
-import importlib
 import json
 import re
 
@@ -23,10 +22,7 @@ each_bar = pytest.mark.parametrize("bar", BARS)
 
 @pytest.fixture(scope="module")
 def memory():
-    """benchmarks/memory.py, which is not part of the package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(pages.DOCS.parent / "benchmarks")
-        yield importlib.import_module("memory")
+    return pages.benchmark("memory")
 
 
 def blocks(language):
