@@ -11,6 +11,7 @@ import inspect
 import json
 import sys
 from functools import partial
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
@@ -218,8 +219,6 @@ def sweep_flags(p):
 
 def run_sweep(args):
     """Method × rank × alpha × learning rate × seed, on processes or a Dask cluster."""
-    from pathlib import Path
-
     from .files.saving import write_atomically
     from .lab import executors, figures, results, sweep
     from .lab.settings import Grid
@@ -254,8 +253,6 @@ def pretrain_flags(p):
 
 def run_pretrain(args):
     """Make the base model again: a tiny GPT trained on modern Shakespeare."""
-    from pathlib import Path
-
     from .files.base import save_model
     from .files.saving import writable_folder
     from .lab.pretrain import Recipe, pretrain
@@ -302,8 +299,6 @@ def run_generate(args):
 
 def load_folder(folder, model):
     """The adapter of a train run's folder, or of PEFT's."""
-    from pathlib import Path
-
     from .files.checkpoint import load_adapter
     from .files.peft import CONFIG, load_peft
     from .lab.finetune import ADAPTER

@@ -59,7 +59,8 @@ def save_peft(folder, model, form="adapter", names="gpt2", base=None, save_proje
         kind = next(one for own in known.values() for one in own if one.is_product and len(one.peft) == 1)
         parts = {path: product_part(path, layer, kind) for path, layer in layers.items()}
     else:
-        kind = read_as(type(method), known)
+        readers = known.get(method.peft["peft_type"], [])  # none, if files of this method are not read here
+        kind = next((reader for reader in readers if reader.peft == method.peft), type(method))
         parts = {path: own_part(layer, kind) for path, layer in layers.items()}
     fused, arrays = {}, {}
     for module, paths in layout.items():
@@ -142,11 +143,6 @@ def tensor_name(kind, array, module="") -> str:
     """The name in PEFT's file of a module's array, or of one that all modules share."""
     theirs, _ = kind.peft_arrays[array]
     return theirs if theirs.startswith(SHARED) else f"{ROOT}{module}.{theirs}"
-
-
-def read_as(kind: type, known: dict) -> type:
-    """The method as which a file of the method ``kind`` is read; itself, if its files are not read here."""
-    return next((reader for reader in known.get(kind.peft["peft_type"], []) if reader.peft == kind.peft), kind)
 
 
 def shared_array(model, name) -> np.ndarray:
