@@ -24,10 +24,9 @@ SERIES = ("loss", "lr", "grad_norm", "seconds")  # the lists of train.History
 def adapter_arrays(model: GPT) -> dict:
     """The Parameters that make the adapter, by path: all that is not the base's, and W where the method moves it."""
     layers = adapted_layers(model)
-    base = {f"{path}.base.{name}" for path in layers for name in ("W", "b")}
+    inside = ("shared.", *(f"{path}.arrays." for path in layers))
     moved = {f"{path}.base.W" for path, layer in layers.items() if layer.method.updates_base}
-    inside = (*(f"{path}." for path in layers), "shared.")
-    return {n: p for n, p in model.named_parameters() if n.startswith(inside) and n not in base - moved}
+    return {n: p for n, p in model.named_parameters() if n.startswith(inside) or n in moved}
 
 
 def adapter_metadata(model: GPT, base_fingerprint: str) -> dict:

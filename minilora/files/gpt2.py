@@ -15,6 +15,7 @@ from ..gpt import GPT, GPTConfig
 from ..surgery import adapted_layers
 from .base import host_arrays
 from .errors import FormatError, shown_json
+from .peft_config import is_one_of
 from .saving import writable_folder, write_together
 from .tensorfile import TensorFile, parse_json, read_arrays, read_bytes, refuse_pickle, tensor_bytes
 
@@ -115,7 +116,7 @@ def read_config(folder: Path) -> GPTConfig:
         raise FormatError(path, "the configuration is not a map")
     for key, supported in SUPPORTED.items():
         value = found.get(key, supported[0])
-        if not any(type(value) is type(good) and value == good for good in supported):  # 1 is not true
+        if not is_one_of(value, supported):
             names = " or ".join(map(json.dumps, supported))
             raise FormatError(path, f"{key} is {shown_json(value)}; supported: {names}")
     sizes = {key: found.get(key, default) for key, default in SIZES.items()}

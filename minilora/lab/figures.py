@@ -154,16 +154,16 @@ def _sweep_panels(found) -> dict:
     settings = [s for s in settings if not any(s != other and _goes_with(s, other) for other in settings)]
     if len(settings) == 1:
         return {of[0]: {of[0]: curve} for of, curve in found.items()}
-    return {_title(s): {of[0]: c for of, c in found.items() if _goes_with(of[1:], s)} for s in settings}
+    panels = {}
+    for setting in settings:
+        given = zip(("r", "alpha"), setting, strict=True)
+        title = ", ".join(f"{name} = {value:g}" for name, value in given if value is not None)
+        panels[title] = {of[0]: curve for of, curve in found.items() if _goes_with(of[1:], setting)}
+    return panels
 
 
 def _goes_with(given, setting) -> bool:
     return all(value is None or value == other for value, other in zip(given, setting, strict=True))
-
-
-def _title(setting) -> str:
-    given = zip(("r", "alpha"), setting, strict=True)
-    return ", ".join(f"{name} = {value:g}" for name, value in given if value is not None)
 
 
 def _rate_curve(axes, curve, top, label=None, **style):
