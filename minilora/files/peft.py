@@ -318,9 +318,8 @@ def expected(file: TensorFile, methods: dict, sizes: dict, shared: bool) -> dict
         for module, own in methods.items()
         for name, axes in axes_of(kind).items()
     }
-    for_all = {
-        tensor_name(kind, name): shape_of(axes, method, widest) for name, axes in axes_of(kind, shared=True).items()
-    }
+    all_share = axes_of(kind, shared=True).items()
+    for_all = {tensor_name(kind, name): shape_of(axes, method, widest) for name, axes in all_share}
     numbers = sum(map(math.prod, for_all.values()))
     if not shared and numbers > DRAWN:
         file.fail(f"leaves {numbers:,} numbers to its key; at most {DRAWN:,} are drawn")

@@ -25,7 +25,7 @@ from ..surgery import adapt, plan
 from ..training.history import History
 from ..training.optim import AdamW
 from ..training.trainer import evaluate, train
-from .settings import Settings, as_text
+from .settings import Settings
 from .task import PROMPT, learning_rate, side_by_side, write_sample
 
 ADAPTER, CHECKPOINT, HISTORY = "adapter.safetensors", "checkpoint.safetensors", "history.json"
@@ -101,7 +101,8 @@ def run(settings: Settings, folder: Path, file, overwrite, progress, report):
     else:
         optimizer = load_training(file, model, lambda params: make_optimizer(settings, params), history, rng)
         report(f"{method.name}: resuming after step {len(history.loss)} of {settings.steps}")
-    write_atomically(folder / SETTINGS, as_text(settings).encode())
+    text = json.dumps(asdict(settings), indent=2, ensure_ascii=False) + "\n"
+    write_atomically(folder / SETTINGS, text.encode())
 
     def save():
         save_training(folder / CHECKPOINT, model, mark, optimizer, history, rng, asdict(settings))

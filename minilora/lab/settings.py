@@ -6,9 +6,8 @@ flags from these fields, a checkpoint holds them, and each run writes them into 
 
 # ruff: noqa: RUF009  (setting() is dataclasses.field() with metadata)
 
-import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import get_args, get_origin
 
@@ -185,8 +184,3 @@ class Grid(Common):
     alpha: list[float] | None = setting(None, "scales; each method's own by default", metavar="ALPHA")
     lr: list[float] = setting([1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2], "learning rates", above_zero, metavar="LR")
     seeds: list[int] = setting([0, 1, 2], "seeds of each combination", at_least_zero, metavar="SEED")
-
-
-def as_text(settings) -> str:
-    """The settings as JSON, a line for each."""
-    return json.dumps(asdict(settings), indent=2, ensure_ascii=False) + "\n"
