@@ -1,6 +1,6 @@
 """The faster host computes what the plain one computes, for every method, and calls the method with its real arrays."""
 
-import math
+import itertools
 import sys
 import textwrap
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from minilora import methods
-from minilora.adapter import AdaptedLinear, Adapter
+from minilora.adapter import AdaptedLinear
 from minilora.engine import Tensor, backward, plain
 from minilora.fast import host as fast
-from minilora.fast.products import THIN, chain, product
+from minilora.fast.products import chain, product
 from minilora.nn import Linear
 
 pytestmark = pytest.mark.quick
@@ -50,7 +50,7 @@ def passed(layer, x, need_dx=True):
 
 
 @every_method
-@pytest.mark.parametrize(("N", "d_out", "d_in"), [(300, 24, 40), (5, 24, 40), (256, 300, 70), (1, 6, 7)])
+@pytest.mark.parametrize(("N", "d_out", "d_in"), [(300, 24, 40), (256, 300, 70), (1, 6, 7)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 5e-5)])
 def test_it_equals_the_plain_host(name, N, d_out, d_in, dtype, tolerance):
     layer = layer_of(methods.create(name, **methods.known(name, r=3)), d_out, d_in, dtype)
@@ -149,27 +149,23 @@ def test_dx_that_another_line_uses_is_computed(tmp_path):
 def test_a_file_that_has_changed_since_and_code_with_super_run_as_they_are(tmp_path):
     cls, path = method_from(tmp_path, "def forward(self, x, W, p):\n    return x @ W.T, {}\n", "changed")
     path.write_text(path.read_text().replace("x @ W.T", "x @ W.T + 1.0"))
-    assert fast.rewritten(cls.forward) is cls.forward
 
     class Child(methods.get("lora")):
         def forward(self, x, W, p):
             return super().forward(x, W, p)
 
-    assert fast.rewritten(Child.forward) is Child.forward
-    assert fast.rewritten(len) is len
-    assert issubclass(Child, Adapter)
+    for function in (cls.forward, Child.forward, len):
+        assert fast.rewritten(function) is function
 
 
-@pytest.mark.parametrize(
-    "shape", [(640, 200, 8), (640, 8, 300), (8, 6400, 40), (1000, 3, 700), (7, 5, 3), (200, 200, 200)]
-)
-@pytest.mark.parametrize("layout", ["rows", "columns"])
-def test_a_product_of_any_shape_and_layout(shape, layout):
+SIZES = [(640, 200, 8), (640, 8, 300), (8, 6400, 40), (1000, 3, 700), (7, 5, 3), (200, 200, 200)]
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_a_product_of_any_shape_and_layout(shape):
     M, K, N = shape
-    for turn_a, turn_b in ((False, False), (True, False), (False, True), (True, True)):
+    for turn_a, turn_b in itertools.product([False, True], repeat=2):  # a C-contiguous array, and a view of one
         a, b = random(K, M).T if turn_a else random(M, K), random(N, K).T if turn_b else random(K, N)
-        if layout == "columns":
-            a, b = np.asfortranarray(a), np.asfortranarray(b)
         close(product(a, b), a @ b, 1e-12)
         close(product(a.astype(np.float32), b.astype(np.float32)), (a @ b).astype(np.float32), 1e-4)
 
@@ -180,18 +176,9 @@ def test_what_is_no_plain_product_is_left_to_numpy():
         np.testing.assert_array_equal(product(x, y), x @ y)
     with pytest.raises(ValueError, match="mismatch"):
         product(a, b[1:])
-    assert THIN >= 8
 
 
 @pytest.mark.parametrize("N", [3, 500])
 def test_a_chain_is_the_sum_of_its_products(N):
     x, F, G, E = random(N, 40), random(40, 24), random(40, 3), random(3, 24)
     close(chain(x, F, x @ G, G, E), x @ F + (x @ G) @ E, 1e-12)
-
-
-def test_the_bias_is_added_to_a_copy():
-    layer = layer_of(methods.create("full"), 6, 7, np.float64)
-    x = random(9, 7)
-    y, bias = layer(Tensor(x)), layer.base.b.data
-    np.testing.assert_allclose(y.data - bias, x @ layer.p.W.T, rtol=1e-12, atol=1e-14)
-    assert math.isfinite(float(y.data.sum()))
