@@ -24,7 +24,7 @@ from minilora.training.history import History
 from minilora.training.trainer import train
 from minilora.training.workers import Workers
 
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="worker processes need Linux")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="worker processes need Linux")
 TINY = GPTConfig(vocab_size=7, n_positions=8, n_embd=16, n_layer=2, n_head=2)
 DROPPING = GPTConfig(vocab_size=7, n_positions=8, n_embd=16, n_layer=2, n_head=2, dropout=0.2)
 LIMIT = 10  # seconds
@@ -33,9 +33,6 @@ LIMIT = 10  # seconds
 @pytest.fixture(autouse=True)
 def bounded():
     """No test takes longer than LIMIT, and none leaves a process behind."""
-    if not hasattr(signal, "SIGALRM"):
-        yield
-        return
     before = set(multiprocessing.active_children())
     handler = signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"still running after {LIMIT} s"))
     signal.alarm(LIMIT)
@@ -109,7 +106,6 @@ def within(seconds, condition):
 # -------------------------------------------------------------------------------- the same gradient
 
 
-@linux
 @pytest.mark.parametrize("name", methods.names())
 def test_workers_take_the_steps_of_one_process(name):
     """Delta-LoRA moves W itself: a worker with a W of its own would compute the gradient of another model."""
@@ -133,7 +129,6 @@ def test_workers_take_the_steps_of_one_process(name):
 SHARES = [(2, 1, 1), (1, 3, 1), (2, 3, 2)]  # fewer sequences than workers, one worker, fewer in a share than parts
 
 
-@linux
 @pytest.mark.quick
 @pytest.mark.parametrize(("n", "size", "parts"), SHARES)
 def test_a_batch_of_few_sequences(n, size, parts):
@@ -144,7 +139,6 @@ def test_a_batch_of_few_sequences(n, size, parts):
     close(many.grad, one.grad, 1e-12)
 
 
-@linux
 def test_a_share_in_which_every_target_is_ignored():
     (alone, one), (together, many) = made(), made()
     ids, targets = batch(4)
@@ -159,7 +153,6 @@ def test_a_share_in_which_every_target_is_ignored():
             team.accumulate(ids, targets, micro_batches=0)
 
 
-@linux
 def test_workers_micro_batches_and_recomputing_together():
     (alone, one), (together, many) = made(), made()
     together.recompute()
@@ -177,7 +170,6 @@ def test_workers_micro_batches_and_recomputing_together():
     assert in_parts == pytest.approx(recomputed / 4, rel=0.05) and recomputed < 0.5 * everything
 
 
-@linux
 def test_a_run_end_to_end_has_the_curve_of_one_process():
     def run(workers, **options):
         model, optimizer = made(dtype=np.float32)
@@ -193,7 +185,6 @@ def test_a_run_end_to_end_has_the_curve_of_one_process():
 # -------------------------------------------------------------------------------- dropout
 
 
-@linux
 def test_dropout_is_reproducible_from_its_seed_and_drawn_anew_by_each_process():
     ids, targets = (np.repeat(a, 3, axis=0) for a in batch(1))  # three times the same sequence
 
@@ -237,7 +228,6 @@ def poisoned(where=-1):
     return ids, targets
 
 
-@linux
 @pytest.mark.quick
 @pytest.mark.parametrize("moment", ["between two steps", "in the middle of its share"])
 def test_a_killed_worker_is_an_error_that_says_so(moment):
@@ -263,7 +253,6 @@ FAULTS = {  # an id that the model refuses in this process's own share, or in th
 }
 
 
-@linux
 @pytest.mark.quick
 @pytest.mark.parametrize("name", FAULTS)
 def test_an_error_in_a_share_is_raised_here_and_the_team_goes_on(name):
@@ -291,7 +280,6 @@ def blas_threads():
     return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
 
 
-@linux
 @pytest.mark.quick
 def test_close_ends_the_processes_and_gives_the_threads_back():
     model, optimizer = made()
@@ -311,7 +299,6 @@ def test_close_ends_the_processes_and_gives_the_threads_back():
         assert blas_threads() == before
 
 
-@linux
 def test_after_close_the_model_trains_on_alone_and_with_another_team():
     (alone, one), (model, optimizer) = made("delta_lora"), made("delta_lora")
     batches, mixed = [batch(seed=seed) for seed in range(4)], []
@@ -324,7 +311,6 @@ def test_after_close_the_model_trains_on_alone_and_with_another_team():
     assert_same(unload(model), weights(GPT(TINY, dtype=np.float64)))
 
 
-@linux
 def test_ctrl_c_is_for_this_process_alone_and_ends_the_others():
     model, optimizer = made(kind=Poisoned)
     with Workers(model, optimizer, 2) as team:
@@ -343,7 +329,6 @@ def test_ctrl_c_is_for_this_process_alone_and_ends_the_others():
         assert not process.is_alive()
 
 
-@linux
 def test_a_worker_that_is_left_in_the_middle_of_its_share_ends_in_silence(capfd):
     model, optimizer = made(kind=Poisoned)
     model.act = lambda loss: time.sleep(0.2)
@@ -353,7 +338,6 @@ def test_a_worker_that_is_left_in_the_middle_of_its_share_ends_in_silence(capfd)
     assert capfd.readouterr().err == ""  # no traceback of a broken pipe
 
 
-@linux
 def test_a_worker_that_does_not_end_is_killed(monkeypatch):
     model, optimizer = made(kind=Poisoned)
     model.act = lambda loss: time.sleep(60.0)
@@ -381,7 +365,6 @@ time.sleep(60)
 """
 
 
-@linux
 def test_workers_do_not_outlive_a_parent_that_crashed():
     parent = subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True)
     try:
@@ -399,27 +382,26 @@ def test_workers_do_not_outlive_a_parent_that_crashed():
 # -------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("n", [0, "2", None])
-def test_the_number_of_workers_is_a_positive_integer(n):
-    model, optimizer = made()
-    with pytest.raises(InputError, match=f"workers is {n!r}; it must be an integer of at least 1"):
-        train(model, optimizer, iter([batch()]), 1, workers=n)
+REFUSED = {  # workers, the system, what is said
+    "none": (0, "linux", "workers is 0; it must be an integer of at least 1"),
+    "text": ("2", "linux", "workers is '2'; it must be an integer of at least 1"),
+    "elsewhere": (2, "darwin", "need Linux, this is darwin; use workers=1"),
+}
 
 
 @pytest.mark.quick
-def test_elsewhere_than_on_linux_workers_are_refused_before_anything_has_moved(monkeypatch):
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_is_refused_before_anything_has_moved(name, monkeypatch):
+    n, platform, message = REFUSED[name]
     model, optimizer = made()
     before = {name: p.data for name, p in model.named_parameters()}
-    monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(InputError, match="need Linux, this is darwin; use workers=1"):
-        train(model, optimizer, iter([batch()]), 1, workers=2)
+    monkeypatch.setattr(sys, "platform", platform)
+    with pytest.raises(InputError, match=message):
+        train(model, optimizer, iter([batch()]), 1, workers=n)
     assert all(p.data is before[name] for name, p in model.named_parameters())
 
 
-@linux
 @pytest.mark.quick
 def test_a_model_on_a_gpu_is_refused():
-    model, _ = made()
     with pytest.raises(InputError, match="on a GPU use workers=1"):
-        Workers(model, types.SimpleNamespace(data=object()), 2)
+        Workers(made()[0], types.SimpleNamespace(data=object()), 2)
