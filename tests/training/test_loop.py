@@ -12,7 +12,7 @@ import pytest
 from steps import training_step
 
 from minilora import methods
-from minilora.engine import Tensor, backward, plain, record
+from minilora.engine import Tensor, backward, is_recording, plain, record
 from minilora.errors import InputError, TrainingStopped
 from minilora.gpt import GPT, GPTConfig
 from minilora.memory import kept_bytes
@@ -239,8 +239,10 @@ def test_evaluation_is_the_mean_over_all_counted_targets_and_changes_nothing():
     gpt = GPT(GPTConfig(7, 6, 8, 1, 2, dropout=0.1), dtype=np.float64)
     ids, targets = np.arange(24).reshape(4, 6) % 7, np.arange(1, 25).reshape(4, 6) % 7
     targets[0, 1:] = -100
-    before, whole = weights(gpt), float(gpt.loss(ids, targets).data)
+    before, whole, right, recorded = weights(gpt), float(gpt.loss(ids, targets).data), gpt.loss, []
+    gpt.loss = lambda *args: recorded.append(is_recording()) or right(*args)
     found = evaluate(gpt, iter([(ids[:1], targets[:1]), (ids[1:], targets[1:])]))
+    assert recorded == [False, False]
     assert type(found) is float and found == pytest.approx(whole, rel=1e-12)
     assert all(np.array_equal(p.data, before[name]) for name, p in gpt.named_parameters())
     with pytest.raises(InputError, match="no batches"):
