@@ -36,8 +36,6 @@ def check(f, **arrays):
     assert report, report
 
 
-# -------------------------------------------------------------------------------- each operation
-
 CASES = {
     "add": (elementary.add, {"a": positive(2, 3), "b": positive(2, 3, seed=1)}, {}),
     "mul": (elementary.mul, {"a": positive(2, 3), "b": positive(2, 3, seed=1)}, {}),
@@ -83,8 +81,6 @@ def test_gradients_and_only_what_is_needed_is_computed_and_kept(name):
                 operation.backward(need, dy, Saved({k: v for k, v in saved.items() if k != key}))
 
 
-# -------------------------------------------------------------------------------- operators
-
 OPERATORS = {
     "a + b": lambda a, b: a + b,
     "a - b": lambda a, b: a - b,
@@ -125,9 +121,6 @@ def test_the_power_zero_is_a_constant_also_at_zero():
     np.testing.assert_array_equal(x.grad, [0.0, 0.0])
 
 
-# -------------------------------------------------------------------------------- broadcasting
-
-
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.sampled_from(["a + b", "a * b", "a - b", "a / b"]), mutually_broadcastable_shapes(num_shapes=2, max_dims=3))
 def test_each_copy_that_broadcasting_made_passes_a_gradient_on(name, shapes):
@@ -144,9 +137,6 @@ def test_matmul_broadcasts_its_leading_axes(shapes):
 
 def test_no_copy_of_a_stretched_array_passes_nothing_on():
     np.testing.assert_array_equal(elementary.unbroadcast(np.ones(0), (1,)), [0.0])
-
-
-# -------------------------------------------------------------------------------- sum, index, axes
 
 
 @pytest.mark.parametrize("keepdims", [False, True])
@@ -178,8 +168,6 @@ def test_an_entry_receives_once_for_each_time_it_was_picked(name):
 def test_transpose_by_any_order_of_axes(axes):
     check(lambda x: x.transpose(*axes), x=positive(2, 3, 4))
 
-
-# -------------------------------------------------------------------------------- what is refused
 
 MISTAKES = {
     "add": (lambda a, b: a + b[0, :2], r"add: shapes \(2, 3\) and \(2,\) do not broadcast \(3 against 2\)"),

@@ -12,7 +12,6 @@ import pytest
 from minilora import ops
 from minilora.engine import Operation, Saved, Tensor, backward, is_recording, no_grad, plain, record
 from minilora.errors import InputError
-from minilora.tools.gradcheck import check_operation
 
 pytestmark = pytest.mark.quick
 
@@ -90,9 +89,6 @@ def test_a_long_chain_is_walked_and_dropped_without_overflowing_the_stack():
     assert kept() is None
 
 
-# -------------------------------------------------------------------------------- when nothing is recorded
-
-
 def test_no_grad_makes_constants_and_ends_with_its_block_or_an_exception():
     x = leaf(3)
     with pytest.raises(ZeroDivisionError), no_grad():
@@ -149,7 +145,7 @@ REFUSED = {
     "a list of integers": (lambda: Tensor([1, 2]), "floating-point data"),
     "booleans": (lambda: Tensor(np.array([True])), "floating-point data"),
     "text": (lambda: Tensor(np.array(["a"])), "floating-point data"),
-    "no array": (lambda: Tensor(None), "expected a NumPy or CuPy array"),
+    "no array": (lambda: Tensor(None), "expected a NumPy or CuPy array, got NoneType"),
     "two dtypes": (lambda: leaf(3) + leaf(3, dtype=np.float32), "add: all inputs need one dtype, got float64, float32"),
     "an array's own dtype": (lambda: leaf(3, dtype=np.float32) * np.ones(3), "mul: all inputs need one dtype"),
 }
@@ -166,8 +162,6 @@ def test_a_backward_with_the_wrong_number_of_gradients_is_an_error():
     def pair_forward(need, a, b):
         return a + b, {}
 
-    with pytest.raises(ValueError, match="argument 2 is shorter"):
-        check_operation(Operation(pair_forward, lambda need, dy, saved: (dy,)), {"a": np.ones(2), "b": np.ones(2)})
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         backward(Operation(pair_forward, lambda need, dy, saved: (dy,))(leaf(2), leaf(2)), np.ones(2))
 
@@ -247,9 +241,6 @@ def test_gradients_share_no_memory(name):
     for one, other in [(a.grad, b.grad), (a.grad, dy), (b.grad, dy)]:
         assert not np.shares_memory(one, other)
     assert a.grad.flags.writeable and b.grad.flags.writeable
-
-
-# -------------------------------------------------------------------------------- after an exception
 
 
 @pytest.mark.parametrize("swap", [False, True])  # the failing branch is visited after the other, or before it

@@ -113,8 +113,6 @@ def test_a_seed_is_a_model_and_the_default_is_zero():
     np.testing.assert_array_equal(GPT(TINY).tokens.data, GPT(TINY, 0).tokens.data)
 
 
-# -------------------------------------------------------------------------------- gradients
-
 SMALL = GPTConfig(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=2)
 
 
@@ -258,9 +256,6 @@ def test_a_size_is_a_positive_integer(field):
     for value in (0, 2.0, "2"):
         with pytest.raises(InputError, match=f"GPTConfig: {field} is {value!r}"):
             GPTConfig(**{field: value})
-
-
-# -------------------------------------------------------------------------------- modules
 
 
 def test_parameters_are_found_in_order_and_modules_by_path():

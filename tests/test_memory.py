@@ -71,9 +71,6 @@ def test_without_a_graph_nothing_is_kept():
     assert ledger(model.loss(IDS, TARGETS)) == []
 
 
-# -------------------------------------------------------------------------------- what counts, and where
-
-
 def leaf(*shape):
     return Tensor(np.ones(shape), requires_grad=True)
 

@@ -93,9 +93,6 @@ def test_dtype_stays(optimizer):
     assert {a.dtype for k, a in o.state().items() if k != "t"} == {np.dtype(np.float32)}
 
 
-# -------------------------------------------------------------------------------- the flat buffers
-
-
 def test_parameters_and_gradients_are_views_of_one_buffer():
     params = parameters()
     before = {name: p.data.copy() for name, p in params.items()}
@@ -138,9 +135,6 @@ def test_the_state_is_what_the_next_step_depends_on(cls, options):
     np.testing.assert_array_equal(a.data, b.data)
 
 
-# -------------------------------------------------------------------------------- clipping and stopping
-
-
 @pytest.mark.parametrize(("size", "moved"), [(10.0, 1.0), (0.1, 0.1)])
 def test_a_long_gradient_is_clipped_and_a_step_returns_its_norm_before(size, moved):
     params = {"w": Parameter(np.zeros(4))}
@@ -162,9 +156,6 @@ def test_a_gradient_that_is_not_finite_moves_nothing(cls, bad):
         optimizer.step()
     np.testing.assert_array_equal(optimizer.data, before)
     assert all(np.array_equal(a, state[k]) for k, a in optimizer.state().items())
-
-
-# -------------------------------------------------------------------------------- what is refused
 
 
 REPLACED = {
@@ -211,9 +202,6 @@ def test_nothing_to_train_and_mixed_dtypes_are_refused():
     params = {"a": Parameter(np.ones(2, np.float32)), "b": Parameter(np.ones(2))}
     with pytest.raises(InputError, match=r"one dtype, got \['float32', 'float64'\]"):
         AdamW(params, lr=0.1)
-
-
-# -------------------------------------------------------------------------------- the schedule
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_the_floor():

@@ -103,9 +103,6 @@ def within(seconds, condition):
     return condition()
 
 
-# -------------------------------------------------------------------------------- the same gradient
-
-
 @pytest.mark.parametrize("name", methods.names())
 def test_workers_take_the_steps_of_one_process(name):
     """Delta-LoRA moves W itself: a worker with a W of its own would compute the gradient of another model."""
@@ -180,9 +177,6 @@ def test_a_run_end_to_end_has_the_curve_of_one_process():
     np.testing.assert_allclose(together.loss, alone.loss, rtol=1e-5)
     np.testing.assert_allclose(together.grad_norm, alone.grad_norm, rtol=1e-2)
     assert together.loss[-1] != together.loss[0] and together.kept_bytes > 0
-
-
-# -------------------------------------------------------------------------------- dropout
 
 
 def test_dropout_is_reproducible_from_its_seed_and_drawn_anew_by_each_process():
