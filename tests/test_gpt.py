@@ -127,18 +127,6 @@ def test_gradient_entry_by_entry(name):
     assert report, report
 
 
-def test_the_tied_embedding_receives_from_both_its_uses(monkeypatch):
-    ids, targets = random_ids(2, 4), random_ids(2, 4, seed=1)
-    tied, untied = lively(), lively()
-    table = Parameter(untied.tokens.data.copy())  # the same numbers, as a parameter of their own
-    look_up = lambda t, *, ids: ops.embedding(table if t is untied.tokens else t, ids=ids)
-    backward(tied.loss(ids, targets))
-    monkeypatch.setattr("minilora.gpt.embedding", look_up)
-    backward(untied.loss(ids, targets))
-    assert np.abs(table.grad).max() > 0.01 and np.abs(untied.tokens.grad).max() > 0.01
-    np.testing.assert_allclose(tied.tokens.grad, table.grad + untied.tokens.grad, rtol=1e-12, atol=1e-15)
-
-
 # -------------------------------------------------------------------------------- dropout
 
 DROPPING = GPTConfig(vocab_size=7, n_positions=6, n_embd=8, n_layer=2, n_head=2, dropout=0.3)
