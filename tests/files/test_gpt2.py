@@ -236,7 +236,10 @@ BAD_NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize("spoil_it, message", BAD + BAD_NUMBERS, ids=lambda value: str(value)[:30])
+NAMES = [spoil if isinstance(spoil, str) else spoil.__name__ for spoil, _ in BAD + BAD_NUMBERS]
+
+
+@pytest.mark.parametrize("spoil_it, message", BAD + BAD_NUMBERS, ids=NAMES)
 def test_a_bad_folder_is_one_error_that_names_it(folder, spoil_it, message, monkeypatch):
     spoil_it(folder)
     if (spoil_it, message) in BAD:
