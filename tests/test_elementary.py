@@ -31,7 +31,10 @@ def check(f, **arrays):
     np.testing.assert_allclose(y.data, f(**arrays), rtol=1e-14, atol=0)
     dy = np.asarray(np.random.default_rng(1).standard_normal(y.shape))
     backward(y, dy)
-    value = lambda **a: (f(**{name: Tensor(v) for name, v in a.items()}).data * dy).sum()
+
+    def value(**constants):
+        return (f(**{name: Tensor(a) for name, a in constants.items()}).data * dy).sum()
+
     report = gradcheck(value, {name: np.asarray(t.grad) for name, t in tensors.items()}, arrays)
     assert report, report
 

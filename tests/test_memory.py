@@ -48,7 +48,10 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_the_total_is_what_the_allocator_says_and_nothing_is_left_after_backward(name):
     model, rng = MODELS[name](), np.random.default_rng(0)
-    run = lambda: model.loss(IDS.copy(), TARGETS.copy(), rng)
+
+    def run():
+        return model.loss(IDS.copy(), TARGETS.copy(), rng)
+
     run()  # a warm-up pass: what is made once and stays is no part of a step
     tracemalloc.start()
     try:

@@ -86,7 +86,11 @@ BAD = {
     "alpha nan": (("lora",), {"alpha": float("nan")}, "alpha is nan; it must be a finite number above 0"),
     "alpha 0": (("lora",), {"alpha": 0.0}, "alpha is 0"),
     "alpha text": (("lora",), {"alpha": "16"}, "alpha is '16'"),
-    "pattern that matches nothing": (("lora",), {"rank_pattern": {"x": 2}}, 'r: "x" matches no adapted layer'),
+    "pattern that matches nothing": (
+        ("lora",),
+        {"rank_pattern": {"x": 2}},
+        'r: the pattern "x" matches no adapted layer',
+    ),
     "pattern that is broken": (("lora",), {"alpha_pattern": {"q(": 2.0}}, r'the pattern "q\(" is not a regular expres'),
     "rank of one layer above it": (("lora",), {"rank_pattern": {"1.q": 17}}, r"r=17 is larger than blocks.1.q allows"),
     "pattern for shared arrays": (("vera",), {"rank_pattern": {"q": 2}}, "vera: its layers cannot have an r of their"),

@@ -26,9 +26,9 @@ def digest(name, workers=1, seed=0) -> str:
     rng = np.random.default_rng(seed)
     model = adapt(GPT(CONFIG), name, seed=seed, verbose=False, **methods.known(name, r=2, start_step=2))
     optimizer = AdamW(model.trainable(), lr=0.02, weight_decay=0.1, clip=1.0)
-    batches = lambda ids: (ids[:, :-1], ids[:, 1:])
-    ids = (rng.integers(0, 13, (4, 9)) for _ in range(6))
-    history = train(model, optimizer, map(batches, ids), 6, warmup=3, rng=rng, progress=False, workers=workers)
+    texts = (rng.integers(0, 13, (4, 9)) for _ in range(6))
+    batches = ((ids[:, :-1], ids[:, 1:]) for ids in texts)
+    history = train(model, optimizer, batches, 6, warmup=3, rng=rng, progress=False, workers=workers)
     text = model.generate(np.zeros((2, 1), int), 12, rng=seed)
     arrays = [to_host(p.data) for p in adapter_arrays(model).values()]
     arrays += [to_host(a) for a in optimizer.state().values()] + [np.array(history.loss), np.array(text)]

@@ -78,14 +78,17 @@ def weights(model):
 
 
 def test_a_tiny_task_is_learnt_and_then_another_by_an_adapter():
-    guess, val = math.log(7), lambda by: itertools.islice(counting(seed=1, by=by), 3)
-    model = GPT(TINY)
+    guess, model = math.log(7), GPT(TINY)
+
+    def loss_on(by):
+        return evaluate(model, itertools.islice(counting(seed=1, by=by), 3))
+
     train(model, AdamW(model.trainable(), lr=0.03), counting(by=1), steps=60, warmup=5)
-    assert evaluate(model, val(1)) < 0.2 * guess
-    assert evaluate(model, val(2)) > guess  # the other task is not learnt yet
+    assert loss_on(1) < 0.2 * guess
+    assert loss_on(2) > guess  # the other task is not learnt yet
     adapt(model, "lora", verbose=False, r=4)
     train(model, AdamW(model.trainable(), lr=0.03), counting(by=2), steps=60, warmup=5)
-    assert evaluate(model, val(2)) < 0.2 * guess
+    assert loss_on(2) < 0.2 * guess
 
 
 def test_the_line_by_hand():
@@ -185,9 +188,8 @@ def test_a_run_that_stops_has_the_weights_of_its_last_good_step_and_the_users_ra
     kind, given, options, message, steps = STOPS[name]
     model, after = kind(), [np.zeros(2)]
     optimizer = SGD(model.trainable(), lr=0.1)
-    note = lambda *_: after.append(model.w.data.copy())
     with pytest.raises((InputError, TrainingStopped), match=message) as caught:
-        train(model, optimizer, points(**given), 5, [note], warmup=5, **options)
+        train(model, optimizer, points(**given), 5, [lambda *_: after.append(model.w.data.copy())], warmup=5, **options)
     assert len(after) - 1 == model.steps_seen == steps
     np.testing.assert_array_equal(model.w.data, after[-1])
     assert optimizer.lr == 0.1  # else the next run would take a rate of the half-finished schedule for its peak
