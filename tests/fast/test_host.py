@@ -115,7 +115,7 @@ PROBE = """
 def forward(self, x, W, p):
     h = x @ W.T
     x = 2.0 * x
-    y = x @ W.T + h @ (W @ W.T)
+    y = x @ W.T + h @ np.eye(len(W))
     return y, {"x": x}
 
 def backward(self, dy, saved, W, p):
