@@ -1,6 +1,7 @@
 """The tools a reader uses: ledger, trace, catalogue and diff."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ def test_the_ledger_s_total_is_what_the_allocator_says(name):
     audited = audit(model(name), *BATCH)
     assert audited["total"] == sum(e.nbytes for e in audited["entries"]) > 0
     assert audited["total"] == pytest.approx(audited["allocator"], rel=0.02)
+    assert not tracemalloc.is_tracing()
 
 
 def test_the_ledger_sees_an_array_that_is_kept_in_secret():
