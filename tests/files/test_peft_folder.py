@@ -21,8 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tiny import IDS, assert_same_function, base, logits, moved
-from untouched import assert_untouched, state
+from tiny import IDS, assert_same_function, assert_untouched, base, logits, moved, state
 
 from minilora import cli, methods
 from minilora.adapter import Adapter
