@@ -11,7 +11,7 @@ import pytest
 from minilora import GPT, GPTConfig, methods
 from minilora.cli import main
 from minilora.files.base import save_model
-from minilora.lab import pretrain, task
+from minilora.lab import compare, pretrain, task
 from minilora.lab.compare import ROW_KEYS
 from minilora.tools import gradcheck
 
@@ -30,7 +30,7 @@ def run(*argv):
 
 def test_compare_writes_its_three_files_with_every_method_and_key(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(task, "SAMPLE_TOKENS", 20)
-    monkeypatch.setattr(task, "PASSAGES", 32)
+    monkeypatch.setattr(task, "PASSAGES", 16)
     argv = ["compare", "--base", base, "--steps", 6, "--r", 2, "--batch", 4, "--seed", 3, "--workers", 1]
     out = tmp_path / "deep" / "out"
     assert run(*argv, "--out", out) == 0
@@ -50,6 +50,7 @@ def test_compare_writes_its_three_files_with_every_method_and_key(base, tmp_path
     png = (out / "compare.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(png[16:20]) > 1000  # width in pixels
 
+    monkeypatch.setattr(compare, "png", lambda figure: b"")  # one drawing is enough
     assert run(*argv, "--out", tmp_path / "again", "--methods", "lora") == 0  # the same seed, the same results
     again = json.loads((tmp_path / "again" / "compare.json").read_text())
     (first,) = [row for row in result["rows"] if row["method"] == "lora"]
@@ -173,14 +174,6 @@ def test_a_loss_that_is_not_finite_is_exit_code_1_and_leaves_an_adapter_that_gen
     assert "the loss is nan" in error and "last good step" in error and "adapter.safetensors" in error
 
 
-def test_ctrl_c_is_exit_code_130(monkeypatch, capsys):
-    def interrupted(**_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("minilora.tools.catalogue.catalogue", interrupted)
-    assert run("methods") == 130
-
-
 def test_import_loads_numpy_alone():
     code = "import sys, minilora; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -192,9 +185,3 @@ def test_a_closed_pipe_is_no_traceback():
     pipe = f"{sys.executable} -m minilora methods --json | head -c 5"
     done = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True, check=True)
     assert "Traceback" not in done.stderr
-
-
-def test_version(capsys):
-    with pytest.raises(SystemExit):
-        run("--version")
-    assert capsys.readouterr().out.startswith("minilora 0.")
