@@ -4,6 +4,7 @@ PEFT itself is the judge in oracle/test_peft_files.py; here its files are made b
 """
 
 import ast
+import contextlib
 import errno
 import itertools
 import json
@@ -105,16 +106,11 @@ def test_there_and_back_is_the_same_function(tmp_path, name, targets):
             assert methods.get(method_of(loaded)).peft == method.peft
         else:
             assert method_of(loaded) == "lora" and not config["use_rslora"] and not config["use_dora"]
+    save_peft(tmp_path / "merged", model, form="merged")
     assert_untouched(model, before)
     if loaded:
         np.testing.assert_array_equal(logits(unload(loaded)), BASE)
-
-
-@pytest.mark.parametrize("name", methods.names())
-def test_any_method_merged(tmp_path, name):
-    model = moved(name)
-    save_peft(tmp_path, model, form="merged")
-    np.testing.assert_array_equal(logits(load_gpt2(tmp_path)), logits(merge_and_unload(model)))
+    np.testing.assert_array_equal(logits(load_gpt2(tmp_path / "merged")), logits(merge_and_unload(model)))
 
 
 def test_a_change_of_a_higher_rank_is_not_cut_off(tmp_path):
@@ -127,32 +123,18 @@ def test_a_change_of_a_higher_rank_is_not_cut_off(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_each_kind_of_file_comes_back_as_one_method():
-    known = [methods.get(name) for name in methods.names()]
-    read = [json.dumps(method.peft) for method in known if method.from_peft]
-    assert sorted(read) == sorted({json.dumps(method.peft) for method in known if method.peft})
+def test_a_model_that_is_no_gpt_goes_by_its_own_names_and_keeps_its_precision(tmp_path):
+    def two():
+        model, rng = Module(), np.random.default_rng(0)
+        model.one, model.other = (Linear(rng.normal(size=shape)) for shape in ((6, 5), (4, 6)))
+        return model
 
-
-def test_a_float64_model_keeps_its_precision(tmp_path):
-    model = moved("rslora", model=base(np.float64))
-    save_peft(tmp_path, model)
-    assert_same_function(load_peft(tmp_path, base(np.float64)), model, 1e-14)
-
-
-class Two(Module):
-    """No GPT: two layers, by names of its own."""
-
-    def __init__(self):
-        rng = np.random.default_rng(0)
-        self.one, self.other = (Linear(rng.normal(size=s).astype(np.float32)) for s in ((6, 5), (4, 6)))
-
-
-def test_a_model_that_is_no_gpt_goes_by_its_own_names(tmp_path):
-    model = moved("lora", model=Two())
+    model = moved("lora", model=two())
     with pytest.raises(InputError, match='use names="minilora"'):
         save_peft(tmp_path, model)
     save_peft(tmp_path, model, names="minilora")
-    loaded = load_peft(tmp_path, Two())
+    loaded = load_peft(tmp_path, two())
+    assert model.other.p.B.dtype == np.float64
     np.testing.assert_array_equal(loaded.other.p.B, model.other.p.B)
     np.testing.assert_array_equal(loaded.one.p.A, model.one.p.A)
 
@@ -371,20 +353,11 @@ def test_the_scaling_is_pefts(tmp_path, config, scalings):
             ours, before = getattr(model.blocks[i], layer), getattr(W.blocks[i], layer).W.data
             merged = ours.method.merge(ours.base.W.data, ours.p)
             np.testing.assert_allclose(merged, before + s * B[rows] @ A, rtol=0, atol=1e-6)
-
-
-def test_dora_with_the_root_of_r(tmp_path):
-    """A method that has alpha / r gets alpha · √r."""
-    hand_made(tmp_path, LORA | {"use_dora": True, "use_rslora": True})
-    layer = load_peft(tmp_path, base()).blocks[1].up
-    assert layer.method.name == "dora_detached" and layer.method.scaling == pytest.approx(5 / 3**0.5)
-
-
-def test_layers_from_one_module_share_no_memory(tmp_path):
-    hand_made(tmp_path, LORA)
-    model = load_peft(tmp_path, base())
     model.blocks[0].q.p.A[:] = 0.0
-    assert model.blocks[0].k.p.A.any()
+    assert model.blocks[0].k.p.A.any()  # its memory is its own
+    hand_made(tmp_path, config | {"use_dora": True}, ranks=config.get("rank_pattern"))  # which has alpha / r alone
+    for block, s in zip(load_peft(tmp_path, base()).blocks, scalings, strict=True):
+        assert block.q.method.name == "dora_detached" and block.q.method.scaling == pytest.approx(s)
 
 
 def test_pissa_unconverted_stands_on_the_residual_of_the_module(tmp_path):
@@ -467,39 +440,38 @@ def test_what_is_said_in_another_way_is_the_same_adapter(tmp_path, case):
     assert_same_function(model, load_peft(tmp_path / "usual", base()), 0.0)
 
 
-TARGETED = {  # the configuration: the modules that the file must then have
-    "all-linear": ({"target_modules": "all-linear"}, SIZES),
-    "an ending": ({"target_modules": ["c_proj"]}, ("attn.c_proj", "mlp.c_proj")),
-    "a longer ending": ({"target_modules": ["mlp.c_proj", "c_fc"]}, ("mlp.c_fc", "mlp.c_proj")),
-    "an expression": ({"target_modules": r".*\.(c_attn|c_fc)"}, ("attn.c_attn", "mlp.c_fc")),
-    "names that are not there": ({"target_modules": ["c_fc", "q_proj"]}, ("mlp.c_fc",)),
-    "an exclusion": ({"exclude_modules": ["attn.c_proj", "c_attn"]}, ("mlp.c_fc", "mlp.c_proj")),
-    "an excluding expression": (
-        {"target_modules": "all-linear", "exclude_modules": r".*\.mlp\..*"},
-        ("attn.c_attn", "attn.c_proj"),
-    ),
-}
+BLOCK_1 = [f"1.{module}" for module in SIZES if module != "mlp.c_proj"]
+TARGETED = [  # (the configuration, the modules that the file must then have in some block)
+    ({"target_modules": "all-linear"}, list(SIZES)),
+    ({"target_modules": ["c_fc", "mlp.c_proj", "q_proj"]}, ["mlp.c_fc", "mlp.c_proj"]),
+    ({"target_modules": r".*\.(c_attn|c_fc)"}, ["attn.c_attn", "mlp.c_fc"]),
+    ({"exclude_modules": ["attn.c_proj", "c_attn"]}, ["mlp.c_fc", "mlp.c_proj"]),
+    ({"target_modules": "all-linear", "exclude_modules": r".*\.mlp\..*"}, ["attn.c_attn", "attn.c_proj"]),
+    ({"layers_to_transform": 1, "exclude_modules": ["mlp.c_proj"]}, BLOCK_1),
+    ({"layers_to_transform": [1, 5], "layers_pattern": ["layers", "h"], "exclude_modules": ["mlp.c_proj"]}, BLOCK_1),
+]
 
 
-@pytest.mark.parametrize("case", TARGETED)
-def test_which_modules_a_configuration_targets(tmp_path, case):
-    changes, modules = TARGETED[case]
-    hand_made(tmp_path, LORA | changes, modules)
+@pytest.mark.parametrize("changes, modules", TARGETED, ids=str)
+def test_which_modules_a_configuration_targets(tmp_path, changes, modules):
+    """These and no others: one of them that is missing is an error, and so is one too many."""
+    found = hand_made(tmp_path, LORA | changes)
+    with pytest.raises(AdapterFormatError, match="do not select") if len(modules) < 4 else contextlib.nullcontext():
+        load_peft(tmp_path, base())
+    named = {name: a for name, a in found.items() if any(module in name for module in modules)}
+    save_file(named, tmp_path / peft.TENSORS)
     ours = {"attn.c_attn": ["q", "k", "v"], "attn.c_proj": ["o"], "mlp.c_fc": ["up"], "mlp.c_proj": ["down"]}
-    expected = {f"blocks.{i}.{layer}" for i in range(2) for module in modules for layer in ours[module]}
+    expected = {
+        f"blocks.{i}.{layer}"
+        for i, (module, layers) in itertools.product(range(2), ours.items())
+        if any(f"{i}.{module}".endswith(chosen) for chosen in modules)
+        for layer in layers
+    }
     assert set(adapted_layers(load_peft(tmp_path, base()))) == expected
-    save_file({n: a for n, a in tensors_of(tmp_path).items() if "h.1." not in n}, tmp_path / peft.TENSORS)
+    del named[next(name for name in named if "h.1." in name)]
+    save_file(named, tmp_path / peft.TENSORS)
     with pytest.raises(AdapterFormatError, match=r"h\.1\..*is missing"):
         load_peft(tmp_path, base())
-
-
-@pytest.mark.parametrize("layers, pattern", [(1, None), ([1], "h"), ([1, 5], ["layers", "h"]), ([1], [])], ids=str)
-def test_a_configuration_for_some_layers(tmp_path, layers, pattern):
-    found = hand_made(tmp_path, LORA | {"layers_to_transform": layers, "layers_pattern": pattern})
-    with pytest.raises(AdapterFormatError, match=r"do not select transformer.h.0"):
-        load_peft(tmp_path, base())
-    save_file({n: a for n, a in found.items() if "h.1." in n}, tmp_path / peft.TENSORS)
-    assert {path.split(".")[1] for path in adapted_layers(load_peft(tmp_path, base()))} == {"1"}
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused

@@ -174,11 +174,16 @@ def test_a_loss_that_is_not_finite_is_exit_code_1_and_leaves_an_adapter_that_gen
     assert "the loss is nan" in error and "last good step" in error and "adapter.safetensors" in error
 
 
-def test_import_loads_numpy_alone():
-    code = "import sys, minilora; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+def test_nothing_is_imported_before_it_is_used():
+    """The package imports NumPy alone, and the command line the command that is run."""
+    show = "print(*sys.modules)"
+    code = f"import sys, minilora; {show}; from minilora.cli import main; main(['devices']); {show}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, *_, last = (set(line.split()) for line in done.stdout.splitlines())
     third_party = {"matplotlib", "tqdm", "safetensors", "cupy", "torch", "hypothesis", "scipy", "threadpoolctl"}
-    assert "numpy" in loaded and not third_party & {name.partition(".")[0] for name in loaded}
+    assert "numpy" in first and not third_party & {name.partition(".")[0] for name in first}
+    assert "minilora.tools.devices" in last
+    assert not {"minilora.lab.finetune", "minilora.lab.sweep", "minilora.tools.exercises", "matplotlib"} & last
 
 
 def test_a_closed_pipe_is_no_traceback():
