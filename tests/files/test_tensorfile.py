@@ -92,6 +92,10 @@ def test_a_write_that_takes_a_part_is_followed_by_another(tmp_path, monkeypatch)
     write_atomically(tmp_path / "weights", data)
     assert (tmp_path / "weights").read_bytes() == data
     assert [name for name, _ in watched.seen].count("write") == -(-2000 // 7)
+    watch(monkeypatch, failing(9, OSError(errno.ENOSPC, "No space left on device")), most=7)  # full after some parts
+    with pytest.raises(InputError, match="No space left on device; no file there is half written"):
+        write_atomically(tmp_path / "weights", b"new" * 500)
+    assert (tmp_path / "weights").read_bytes() == data and names(tmp_path) == ["weights"]
 
 
 @pytest.mark.parametrize("number", range(13))
