@@ -607,9 +607,8 @@ def peft_config_cases():
 
 
 def peft_vera_config_cases():
-    for key, values in PEFT_VERA_WRONG.items():
-        for value in values:
-            yield f"{key} {value!r:.20}", changed(**{key: value}), key, None
+    for key, value in [(key, value) for key, values in PEFT_VERA_WRONG.items() for value in values]:
+        yield f"{key} {value!r:.20}", changed(**{key: value}), key, None
     for r in (1, 3, 10**9, 2**31 - 1):
         for saved in (True, False):
             yield f"r of {r}, projections saved: {saved}", changed(r=r, save_projection=saved), ".", None
