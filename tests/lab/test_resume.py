@@ -246,7 +246,7 @@ def test_a_signal_stops_between_two_steps_saves_and_says_how_to_go_on(inputs, tm
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:  # the fixture's handler becomes the default there
         assert "layers matched" in process.stdout.readline()  # right before the first step
-        time.sleep(0.3)
+        time.sleep(0.1)
         process.send_signal(signum)
         _, error = process.communicate(timeout=60)
     assert process.returncode == code
