@@ -246,7 +246,6 @@ FILES = {
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "a folder, a pipe or a device"),
     "a pipe that nobody writes to": (lambda path: (path.unlink(), os.mkfifo(path)), "a folder, a pipe or a device"),
     "a link to zeros without end": (linked("/dev/zero"), "a folder, a pipe or a device"),
-    "a link to a folder": (linked("/"), "a folder, a pipe or a device"),
     "a link to nothing": (linked("nothing"), "there is no such file"),
     "a link to itself": (lambda path: linked(path.name)(path), "cannot be read"),
 }
@@ -257,25 +256,19 @@ BROKEN = {  # what the library, or the JSON reader before it, refuses
                      b"\x93NUMPY\1\0v\0{'descr': '<f4'}", b"<!DOCTYPE html>\n<html><title>404</title></html>\n",
                      b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
     },
-    "cut in the length": raw(lambda good: good[:5]),
     "cut in the header": raw(lambda good: good[:50]),
     "cut in the arrays": raw(lambda good: good[:-1]),
     "a sparse file of a terabyte": lambda path: os.truncate(path, 1 << 40),
     "a byte more": raw(lambda good: good + b"\0"),
     "header length 0": length(lambda n, size: 0),
-    "header length one less": length(lambda n, size: n - 1),
     "header length one more": length(lambda n, size: n + 1),
     "header length one too many": length(lambda n, size: size - 7),
-    "header length 2^32 more": length(lambda n, size: n + 2**32),
     "header length 2^64 - 1": length(lambda n, size: -1),
     "header empty": header_text(lambda h: b""),
     "header in a list": header_text(lambda h: b"[" + h + b"]"),
     "header null": header_text(lambda h: b"null"),
     "header with a byte order mark": header_text(lambda h: b"\xef\xbb\xbf" + h),
-    "header in UTF-16": header_text(lambda h: h.decode().encode("utf-16")),
     "header in Latin-1": header_text(lambda h: h.replace(b'"F32"', b'"F\xfc2"')),
-    "header with a surrogate": header_text(lambda h: h.replace(b'"F32"', b'"F32\xed\xa0\x80"')),
-    "header and a second object": header_text(lambda h: h + b"{}"),
     "a name twice": repeated(json.dumps),
     "a name twice, once escaped": repeated(lambda name: '"' + "".join(f"\\u{ord(c):04x}" for c in name) + '"'),
     "metadata twice": header_text(lambda h: b'{"__metadata__": {}, ' + h[1:]),
@@ -394,14 +387,11 @@ def adapter_cases():
     yield "layer k", moved("blocks.0.k"), "belongs to nothing", A
     yield "layer k too", layers(lambda found: found.update({"blocks.0.k": found["blocks.0.q"]})), "is missing", None
     yield "r of 3", options(r=3), r"is F32\(2, 8\); expected \(3, 8\)", A
-    yield "r of 1", options(r=1), r"is F32\(2, 8\); expected \(1, 8\)", A
 
-    say = '{"blocks.0.q": {"options": {"r": 2, "alpha": %s}}}'
     for name, spoil in {
         "the first bit": edited(lambda header, name, data: bytes([data[0] ^ 1]) + data[1:]),
         "the last bit": edited(lambda header, name, data: data[:-1] + bytes([data[-1] ^ 1])),
         "two tensors exchanged": edited(lambda header, name, data: data[64:] + data[:64]),
-        "alpha in other digits": notes(layers=say % "16.00"),
         "another method of the same shapes": notes(method="rslora"),
         "a note more": notes(note="trust me"),
         "an empty checksum": notes(sha256=""),

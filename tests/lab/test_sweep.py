@@ -361,9 +361,9 @@ def scheduler():
     distributed = pytest.importorskip("distributed", reason="the extra dask is not installed")
     dask = pytest.importorskip("dask")
     options = {"threads_per_worker": 1, "dashboard_address": None, "memory_limit": 0, "silence_logs": 50}
-    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):  # imports once for all workers
-        with distributed.LocalCluster(n_workers=2, **options) as cluster:
-            yield cluster.scheduler_address
+    dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})  # it imports once for all workers
+    with distributed.LocalCluster(n_workers=2, **options) as cluster:
+        yield cluster.scheduler_address
 
 
 def test_a_sweep_on_a_dask_cluster_uses_both_workers(scheduler, base, out, capsys):
