@@ -470,7 +470,8 @@ def run_cases():
     for key, value in [
         ("steps", GONE), ("steps", "4"), ("steps", -1), ("options", None), ("options", {"name": "dora"}),
         ("options", {"r": -1, "alpha": 1.0}), ("method", "../lora"), ("method", CLEAR), ("lr", 10**400),
-        ("seed", CLEAR), ("every", 0), ("workers", None), ("text_sha256", 7), (CLEAR, 1), ("run", "touch killed"),
+        ("seed", CLEAR), ("every", 0), ("workers", None), ("lr", None), ("text_sha256", None),
+        ("text_sha256", 7), (CLEAR, 1), ("run", "touch killed"),
     ]:  # fmt: skip
         rule = rf"\b{re.escape(key)}\b|setting|option|at least"
         yield f"settings {key!a:.20} {value!a:.20}", setting(**{key: value}), rule, None

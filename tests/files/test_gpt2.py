@@ -8,14 +8,14 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import TINY, base, logits
+from tiny import TINY, base
 
 from minilora.cli import main
 from minilora.errors import InputError
 from minilora.files.base import load_base
 from minilora.files.errors import FormatError
-from minilora.files.gpt2 import load_gpt2, modules, save_gpt2, tensors
-from minilora.surgery import adapt, linear_layers
+from minilora.files.gpt2 import load_gpt2, save_gpt2
+from minilora.surgery import adapt
 
 C_ATTN = "transformer.h.1.attn.c_attn.weight"
 
@@ -52,14 +52,6 @@ def configure(**changes):
 # ----------------------------------------------------------------------------------------------------- what is right
 
 
-def test_a_model_comes_back_to_the_bit(folder):
-    loaded = load_gpt2(folder)
-    assert loaded.config == TINY
-    assert same(loaded, base())
-    np.testing.assert_array_equal(logits(loaded), logits(base()))
-    assert all(p.requires_grad and p.dtype == np.float32 for _, p in loaded.named_parameters())
-
-
 def test_the_file_has_transformers_names_and_layout(folder):
     arrays, model = load_file(folder / "model.safetensors"), base()
     block = model.blocks[1]
@@ -75,14 +67,6 @@ def test_the_file_has_transformers_names_and_layout(folder):
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_every_array_and_layer_has_its_place():
-    model = base()
-    assert sorted(name for _, names in tensors(TINY).values() for name in names) == sorted(
-        name for name, _ in model.named_parameters()
-    )
-    assert [path for paths in modules(2).values() for path in paths] == list(linear_layers(model))
-
-
 def shard(folder, index=None):
     """model.safetensors in two files and an index, as save_pretrained() divides a large model."""
     arrays = load_file(folder / "model.safetensors")
@@ -96,7 +80,8 @@ def shard(folder, index=None):
 
 MASKS = {f"transformer.h.{i}.attn.bias": np.tril(np.ones((1, 1, 8, 8), bool)) for i in range(2)}
 MASKED = {"transformer.h.0.attn.masked_bias": np.array(-1e4, np.float32)}
-GOOD = {  # what other writers and versions do
+GOOD = {  # what is written here, and what other writers and versions do
+    "as it is": lambda folder: None,
     "without the head's prefix": lambda f: rewrite(
         f, lambda a: {n.removeprefix("transformer."): v for n, v in a.items()}
     ),
@@ -115,7 +100,7 @@ def test_what_is_said_in_another_way_is_the_same_model(folder, case):
     GOOD[case](folder)
     loaded = load_base(str(folder))
     assert same(loaded, base()) and loaded.config == TINY  # the dropout too: it is 0
-    assert {p.dtype for _, p in loaded.named_parameters()} == {np.dtype(np.float32)}
+    assert all(p.requires_grad and p.dtype == np.float32 for _, p in loaded.named_parameters())
 
 
 def test_a_float64_model_is_written_as_it_is(tmp_path):
