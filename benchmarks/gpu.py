@@ -8,6 +8,7 @@ has the results.
 
 import argparse
 import datetime
+import json
 import math
 import shlex
 import statistics
@@ -16,9 +17,9 @@ import tempfile
 from pathlib import Path
 
 from shapes import SIZES
-from versus.command import Failure, say, stem, write
+from versus.command import Failure, check, say, stem
 from versus.report import table
-from versus.settings import CHECKED_STEPS, TOLERANCE
+from versus.settings import CHECKED_STEPS
 from versus.side import Side, SideError
 
 SIDES = {  # name: module, what build is told, how it is called in a table
@@ -29,7 +30,6 @@ SIDES = {  # name: module, what build is told, how it is called in a table
     "graphs": ("theirs", {"device": "cuda", "compiled": "reduce-overhead"}, "torch.compile, CUDA graphs"),
 }
 ON_THE_GPU = [name for name, (_, told, _) in SIDES.items() if told]
-TF32, TF32_TOLERANCE = "_tf32", 1e-2  # TF32 keeps 10 bits of a number's 23
 BATCHES = [1, 4, 16, 64]
 MOST_SECONDS = 5.0  # of a step on the CPU: a batch that would take longer is left out
 STEPS, WARM = (5, 200), 5  # least and most timed steps; untimed ones before them
@@ -42,23 +42,15 @@ def options(words=None):
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help="tiny, if not given")
     parser.add_argument("--batches", nargs="+", type=int, metavar="B", help="sequences per step; each size's own")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="all, if not given")
-    parser.add_argument(
-        "--tf32", action="store_true", help="time the sides on the GPU with TF32 as well; else it is off"
-    )
-    parser.add_argument(
-        "--all", action="store_true", help=f"all sizes, each at its own batch and at {BATCHES}, with TF32"
-    )
+    parser.add_argument("--all", action="store_true", help=f"all sizes, each at its own batch and at {BATCHES}")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for the timed steps of each side")
     parser.add_argument("--threads", type=int, default=1, help="of NumPy's BLAS")
     parser.add_argument("--out", type=Path, help="a folder, or a path without ending: .json and .md go there")
     args = parser.parse_args(words)
     if args.all and (args.sizes or args.batches):
         parser.error("--all chooses --sizes and --batches itself; leave them out")
-    if args.batches and min(args.batches) < 1:
-        parser.error("--batches must be at least 1")
-    if not 0.0 < args.seconds < math.inf or args.threads < 1:
-        parser.error("--seconds must be above 0 and finite, --threads at least 1")
-    args.tf32 = args.tf32 or args.all
+    if min(args.batches or [1]) < 1 or args.threads < 1 or not 0.0 < args.seconds < math.inf:
+        parser.error("--batches and --threads must be at least 1, --seconds above 0 and finite")
     if args.out:
         args.out = stem(parser, args.out, "gpu")
     return args
@@ -71,21 +63,10 @@ def plan(args):
     return [(size, batch) for size in args.sizes or ["tiny"] for batch in args.batches or [SIZES[size][-1]]]
 
 
-def labels(args):
-    """The sides of a row; those with TF32 behind the others."""
-    return args.sides + [name + TF32 for name in args.sides if args.tf32 and name in ON_THE_GPU]
-
-
-def title(label):
-    return SIDES[label.removesuffix(TF32)][2] + (", TF32" if label.endswith(TF32) else "")
-
-
-def measure(label, size, path, args):
+def measure(name, size, path, args):
     """What one side shows: losses, the ms of each timed step, the memory that it has taken from the card."""
-    module, told, _ = SIDES[label.removesuffix(TF32)]
-    on = label.endswith(TF32)
-    told = told | ({"tf32": on} if module == "theirs" else {})
-    with tempfile.TemporaryDirectory() as cache, Side(module, args.threads, cache, CUPY_TF32=str(int(on))) as side:
+    module, told, _ = SIDES[name]
+    with tempfile.TemporaryDirectory() as cache, Side(module, args.threads, cache, CUPY_TF32="0") as side:
         built = side.ask("build", size=size, method="lora", path=path, **told)
         seen = side.ask("steps", n=CHECKED_STEPS)
         side.ask("idle_rate")
@@ -97,68 +78,45 @@ def measure(label, size, path, args):
 
 
 def row_of(size, batch, args, slow):
-    """All sides of one size and batch. ``slow``: seconds of a token on the CPU, by size, as far as they are known."""
+    """All sides at a size and a batch. ``slow``: seconds per token of NumPy's last batch at each size."""
     row = {"size": size, "batch": batch, "tokens": batch * SIZES[size][1], "sides": {}, "notes": []}
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "arrays.npz")
         with Side("ours", 1) as maker:
             maker.ask("make", size=size, method="lora", path=path, batch=batch)
-        for label in labels(args):
-            if label == "numpy" and (guess := slow.get(size, 0.0) * row["tokens"]) > MOST_SECONDS:
-                row["notes"].append(f"{title(label)} is left out: a step would take some {guess:.0f} s")
+        for name in args.sides:
+            if name == "numpy" and (guess := slow.get(size, 0.0) * row["tokens"]) > MOST_SECONDS:
+                row["notes"].append(f"{name} is left out: a step would take some {guess:.0f} s")
                 continue
             try:
-                row["sides"][label] = measure(label, size, path, args)
+                row["sides"][name] = measure(name, size, path, args)
             except SideError as error:
                 if error.missing:
                     raise
-                row["notes"].append(f"{title(label)} is not timed: {error}")
+                row["notes"].append(f"{name} is not timed: {error}")
                 print(f"{size}, batch {batch}: {row['notes'][-1]}", file=sys.stderr)
-                continue
-            if label == "numpy":
-                slow[size] = 1e-3 * statistics.median(row["sides"][label]["ms"]) / row["tokens"]
+        if "numpy" in row["sides"]:
+            slow[size] = 1e-3 * ms_of(row, "numpy") / row["tokens"]
     if not row["sides"]:
         raise Failure(f"{size}, batch {batch}: no side could be timed; {'; '.join(row['notes'])}")
-    check(row)
-    ours = next((s for s in row["sides"].values() if "numbers" in s), None)
-    row["numbers"] = ours["numbers"] if ours else None
+    where = f"{size}, batch {batch}"
+    if len(trained := {side["trained"] for side in row["sides"].values()}) > 1:
+        raise Failure(f"{where}: the sides do not train as many numbers, {trained}")
+    check({name: side["losses"] for name, side in row["sides"].items()}, next(iter(row["sides"])), where)
     return row
-
-
-def check(row):
-    """Every side has trained as many numbers, with the losses of the first. Raises Failure."""
-    where = f"{row['size']}, batch {row['batch']}"
-    (first, one), *_ = row["sides"].items()
-    for label, side in row["sides"].items():
-        distances = [abs(a - b) for a, b in zip(side["losses"], one["losses"], strict=True)]
-        allowed = TF32_TOLERANCE if label.endswith(TF32) else TOLERANCE
-        if side["trained"] != one["trained"]:
-            raise Failure(f"{where}: {label} trains {side['trained']} numbers, {first} {one['trained']}")
-        if not all(distance <= allowed for distance in distances):  # a NaN is no agreement
-            raise Failure(
-                f"{where}: {label} and {first} differ by more than {allowed}: {side['losses']}, {one['losses']}"
-            )
-        if not side["losses"][0] - side["losses"][-1] > 100 * TOLERANCE:
-            raise Failure(f"{where}: the loss fell too little for the check to mean much: {side['losses']}")
 
 
 # ------------------------------------------------------------------------------------------------------- the report
 
 
-def ms_of(row, label):
-    return statistics.median(row["sides"][label]["ms"]) if label in row["sides"] else None
+def ms_of(row, name):
+    return statistics.median(row["sides"][name]["ms"])
 
 
-def known(rows):
-    """The labels that any row has, in order."""
-    seen = {label for row in rows for label in row["sides"]}
-    return [label + end for end in ("", TF32) for label in SIDES if label + end in seen]
-
-
-def table_of(rows, labels, value, unit):
-    """A line for each row, a column for each of ``labels``: ``value(row, label)`` as text, or a dash for None."""
-    heads = ["size", "batch:", "tokens:", *(f"{title(label)}, {unit}:" for label in labels)]
-    cells = [[value(row, label) if label in row["sides"] else "–" for label in labels] for row in rows]
+def table_of(rows, names, value, unit):
+    """A line for each row, a column for each side of ``names``: ``value(row, name)`` as text, a dash for None."""
+    heads = ["size", "batch:", "tokens:", *(f"{SIDES[name][2]}, {unit}:" for name in names)]
+    cells = [[value(row, name) if name in row["sides"] else "–" for name in names] for row in rows]
     first = [[row["size"], str(row["batch"]), f"{row['tokens']:,}"] for row in rows]
     return table(heads, [a + b for a, b in zip(first, cells, strict=True)])
 
@@ -168,15 +126,12 @@ def page(seen):
     rows, facts = seen["rows"], "; ".join(f"{key} {value}" for key, value in seen["machine"].items())
     parts = ["# One training step on a GPU", f"{facts}.", f"```sh\npython benchmarks/{seen['command']}\n```"]
     parts.append("Medians. LoRA, r = 8, six linears in each block, AdamW, float32; the same losses on all sides.")
-    for how, end in (("With TF32 off:", ""), ("With TF32 on:", TF32)):
-        labels = [label for label in known(rows) if label.endswith(TF32) == bool(end)]
-        if labels:
-            parts += [how, table_of(rows, labels, lambda row, label: f"{ms_of(row, label):.2f}", "ms")]
-    notes = [f"- {row['size']}, batch {row['batch']}: {note}" for row in rows for note in row["notes"]]
-    parts += ["\n".join(notes)] if notes else []
-    labels = [label for label in known(rows) if label in ON_THE_GPU]
-    if labels:
-        pool = table_of(rows, labels, lambda row, label: f"{row['sides'][label]['pool_bytes'] / 2**20:,.0f}", "MiB")
+    known = [name for name in SIDES if any(name in row["sides"] for row in rows)]
+    parts.append(table_of(rows, known, lambda row, name: f"{ms_of(row, name):.2f}", "ms"))
+    parts += [f"- {row['size']}, batch {row['batch']}: {note}" for row in rows for note in row["notes"]]
+    there = [name for name in known if name in ON_THE_GPU]
+    if there:
+        pool = table_of(rows, there, lambda row, name: f"{row['sides'][name]['pool_bytes'] / 2**20:,.0f}", "MiB")
         parts += ["## The most memory taken from the card", pool]
     return "\n\n".join(parts)
 
@@ -204,16 +159,17 @@ def machine(args):
 
 
 def run(args):
-    seen = {"machine": machine(args), "command": shlex.join(["gpu.py", *sys.argv[1:]]), "tf32": args.tf32, "rows": []}
+    seen = {"machine": machine(args), "command": shlex.join(["gpu.py", *sys.argv[1:]]), "rows": []}
     print("; ".join(f"{key} {value}" for key, value in seen["machine"].items()), file=sys.stderr)
     slow = {}
     for size, batch in plan(args):
-        seen["rows"].append(row_of(size, batch, args, slow))
-        row = seen["rows"][-1]
-        times = ", ".join(f"{title(label)} {ms_of(row, label):.2f} ms" for label in row["sides"])
+        row = row_of(size, batch, args, slow)
+        seen["rows"].append(row)
+        times = ", ".join(f"{name} {ms_of(row, name):.2f} ms" for name in row["sides"])
         print(f"{size}, batch {batch}: {times}", file=sys.stderr)
-        if args.out:
-            write(seen, page(seen), args.out)
+        if args.out:  # after every row, so that a run that is stopped leaves what it had
+            args.out.with_suffix(".json").write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
+            args.out.with_suffix(".md").write_text(page(seen) + "\n", encoding="utf-8")
     print(page(seen))
 
 

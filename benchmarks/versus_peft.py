@@ -20,11 +20,10 @@ from pathlib import Path
 
 from shapes import SIZES
 from versus import report, settings
-from versus.command import Failure, say, stem
-from versus.settings import CHECKED_STEPS, FIRST_STEP_ONLY, METHODS, MICRO_BATCHES, PROMPT, TOKENS, TOLERANCE
-from versus.side import Side, SideError
+from versus.command import Failure, check, say, stem
+from versus.settings import CHECKED_STEPS, FIRST_STEP_ONLY, METHODS, MICRO_BATCHES, PROMPT, TOKENS
+from versus.side import PAUSE, Side, SideError, in_turns, medians, ratio
 
-PAUSE = 0.05  # seconds before a turn: idle threads of the other side spin for some 30 ms before they sleep
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 OURS, THEIRS, COMPILED, MICRO = "minilora", "torch", "torch_compiled", "minilora_micro_batches"
 INSTALL = "python3 -m venv .bench && .bench/bin/pip install torch==2.13.0 peft threadpoolctl ."
@@ -105,25 +104,13 @@ def compare(size, method, threads, args, folder):
         row |= {"trained": built[OURS]["trained"], "torch_adamw": built[THEIRS]["adamw"], "losses": losses}
         if built[OURS]["trained"] != built[THEIRS]["trained"]:
             raise Failure(f"{size}, {method}: the two sides do not train the same number of parameters, {built}")
-        row["loss_distance"] = check(losses, f"{size}, {method}, {threads} thread(s)", method)
+        row["loss_distance"] = check(
+            losses, THEIRS, f"{size}, {method}", 1 if method in FIRST_STEP_ONLY else CHECKED_STEPS
+        )
         for side in sides.values():
             side.ask("idle_rate")
         time_all(row, sides, args)
     return row
-
-
-def check(losses, where, method):
-    """The largest distance of any side's loss from PyTorch's in the checked steps. Raises Failure for another loss."""
-    theirs, steps = losses[THEIRS], 1 if method in FIRST_STEP_ONLY else CHECKED_STEPS
-    apart = {
-        label: max(abs(a - b) for a, b in zip(ours[:steps], theirs, strict=False)) for label, ours in losses.items()
-    }
-    worst = max(apart, key=apart.get)
-    if not apart[worst] <= TOLERANCE:  # a NaN is no agreement
-        raise Failure(f"{where}: {worst} and torch are {apart[worst]:.1e} apart: {losses[worst]} and {theirs}")
-    if not all(a[0] - a[-1] > 100 * TOLERANCE for a in losses.values()):
-        raise Failure(f"{where}: the loss fell too little for the check to mean much: {losses}")
-    return apart[worst]
 
 
 def time_all(row, sides, args):
@@ -159,26 +146,6 @@ def time_all(row, sides, args):
             turns[label].append(1e3 * (time.perf_counter() - begin))
     row["generate_ms_per_turn"] = turns
     row["tokens_per_second"] = {label: 1e3 * n / statistics.median(ms) for label, ms in turns.items()}
-
-
-def in_turns(sides, rounds, **question):
-    """The median ms of every turn, side by side: one turn each, ``rounds`` times."""
-    turns = {label: [] for label in sides}
-    for _ in range(rounds):
-        for label, side in sides.items():
-            time.sleep(PAUSE)
-            turns[label].append(statistics.median(side.ask("turn", **question)))
-    return turns
-
-
-def medians(turns):
-    return {label: statistics.median(ms) for label, ms in turns.items()}
-
-
-def ratio(ours, theirs):
-    """Quartiles, over the rounds, of our time by theirs in the same round."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
 
 
 def startup(folder, rounds=5):

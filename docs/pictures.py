@@ -69,17 +69,8 @@ def write(path: Path, name: str, layer: list[Array], forward: list[Array]):
     axes.set(xlim=(-0.1, right), ylim=(-2.85, 3.4), aspect="equal")
     drawn = {array.state for array in layer + forward}
     patches = [Patch(facecolor=FILL[s], edgecolor="#333333", label=WORDS[s]) for s in WORDS if s in drawn]
-    axes.legend(
-        handles=patches,
-        loc="lower center",
-        ncols=len(patches),
-        fontsize=10,
-        columnspacing=1.2,
-        handlelength=1.3,
-        frameon=False,
-        handletextpad=0.5,
-        borderaxespad=0.0,
-    )
+    close = {"columnspacing": 1.2, "handlelength": 1.3, "handletextpad": 0.5, "borderaxespad": 0.0}
+    axes.legend(handles=patches, loc="lower center", ncols=len(patches), fontsize=10, frameon=False, **close)
     metadata = {"Software": None, "Description": description(name, layer, forward)}
     figure.savefig(path, dpi=150, metadata=metadata)
 
@@ -93,19 +84,12 @@ def draw_row(axes, title: str, arrays: list[Array], middle: float) -> float:
         below = f"{array.letters}\nshared" if array.shared else array.letters
         room = max(width, LETTER * len(array.letters))
         centre, left = left + room / 2, left + room + 0.3
-        box = Rectangle(
-            (centre - width / 2, middle - height / 2),
-            width,
-            height,
-            facecolor=FILL[array.state],
-            edgecolor="#333333",
-            linestyle="--" if array.state == "computed" else "-",
-        )
-        axes.add_patch(box)
+        corner, dashes = (centre - width / 2, middle - height / 2), "--" if array.state == "computed" else "-"
+        style = {"facecolor": FILL[array.state], "edgecolor": "#333333", "linestyle": dashes}
+        axes.add_patch(Rectangle(corner, width, height, **style))
         fits = len(array.name) * 0.17 <= width
-        light = array.state in ("trained", "kept") and fits
         above = middle if fits else middle + height / 2 + 0.16
-        colour = "white" if light else "black"
+        colour = "white" if fits and array.state in ("trained", "kept") else "black"
         axes.text(centre, above, array.name, ha="center", va="center", fontsize=12, fontstyle="italic", color=colour)
         axes.text(centre, middle - height / 2 - 0.1, below, ha="center", va="top", fontsize=9)
     return left

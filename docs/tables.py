@@ -13,6 +13,7 @@ from pathlib import Path
 import pictures
 
 from minilora import methods
+from minilora.lab.compare import cells
 from minilora.lab.task import learning_rate
 from minilora.tools import catalogue, methodfile, peft_table
 from minilora.tools.trial import Trial
@@ -159,19 +160,22 @@ def summands(old: str, *, page: Path) -> str:
     return code(thin)
 
 
+def in_readme(block: str) -> str:
+    """README.md's own list of this name, with links that lead there from docs/."""
+    listed = next(found[4] for found in BLOCK.finditer((ROOT / "README.md").read_text("utf-8")) if found[2] == block)
+    return listed.replace("](", "](../")
+
+
 def reading_order(old: str, *, page: Path) -> str:
-    """README.md's numbered list of files, with links that lead there from the page."""
-    listed = re.search(r"<!-- reading -->(.*?)<!-- /reading -->", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)[1]
-    return listed.replace("](minilora/", "](../minilora/")
+    """README.md's numbered list of files."""
+    return in_readme("reading")
 
 
 def notebooks_table(old: str, *, page: Path) -> str:
     """README.md's table of notebooks, without the column of badges."""
-    listed = re.search(
-        r"<!-- notebooks -->(.*?)<!-- /notebooks -->", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
-    )[1]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in listed.strip().splitlines()[2:]]
-    return table(["notebook", "you will be able to"], [[cell.replace("](", "](../") for cell in row] for row in rows])
+    lines = in_readme("notebooks").strip().splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in lines]
+    return table(["notebook", "you will be able to"], rows)
 
 
 PEFT_SIDE = {  # what the last column's other side is, if it is not plainly the same method
@@ -194,25 +198,10 @@ def compared(old: str, *names: str, page: Path) -> str:
         if name not in records:
             rows.append([f"`{name}`", *6 * ["–"]])
             continue
-        r = records[name]
-        rows.append([
-            f"`{r['method']}`",
-            f"{r['trainable']:,}",
-            f"{r['loss_b_after']:.3f}",
-            f"{r['loss_a_after']:.3f}",
-            f"{r['kept_bytes'] / 2**20:.1f}",
-            f"{r['seconds_per_step'] * 1e3:.0f}",
-            beside_peft.get(r["method"], "–"),
-        ])  # fmt: skip
-    head = [
-        "",
-        "trained parameters",
-        "loss on the Folio",
-        "loss on modern text",
-        "kept, MiB",
-        "a step, ms",
-        "time ÷&nbsp;PEFT's",
-    ]
+        trained, _, *measured, _ = cells(records[name])
+        rows.append([f"`{name}`", trained, *measured, beside_peft.get(name, "–")])
+    head = ["", "trained parameters", "loss on the Folio", "loss on modern text", "kept, MiB", "a step, ms"]
+    head.append("time ÷&nbsp;PEFT's")
     words = f"""
 Lower is better. {first["steps"]} steps on one seed, each method at its own learning rate, on the Folio,
 Shakespeare in the spelling of 1623. The loss on the Folio shows what was learnt, that on modern text what
@@ -248,10 +237,9 @@ def kept_and_peak(old: str, *, page: Path) -> str:
     """Bytes kept and at the peak, for the shipped model, of the rows that the page has: by memory.json."""
     rows = recorded("memory.json")["sizes"]["tiny"]["rows"]
     names = re.findall(r"^\| (\w.*?) \|", old, re.MULTILINE)
-    cells = [
-        [name, f"{rows[name]['kept_bytes'] / 2**20:.1f}", f"{rows[name]['peak_bytes'] / 2**20:.0f}"] for name in names
-    ]
-    return table(["", "kept for backward, MiB", "peak, MiB"], cells, "lrr")
+    kept, peak = ([rows[name][key] / 2**20 for name in names] for key in ("kept_bytes", "peak_bytes"))
+    lines = [[name, f"{k:.1f}", f"{p:.0f}"] for name, k, p in zip(names, kept, peak, strict=True)]
+    return table(["", "kept for backward, MiB", "peak, MiB"], lines, "lrr")
 
 
 def members_table(old: str, *, page: Path) -> str:
@@ -318,9 +306,9 @@ def main():
     for page in pages():
         page.write_text(filled(page), encoding="utf-8")
     for name in methods.names():
-        file = page_of(name).with_suffix(".png")
-        if pictures.described(file) != pictures.description(*picture_of(name)):
-            pictures.write(file, *picture_of(name))
+        file, shown = page_of(name).with_suffix(".png"), picture_of(name)
+        if pictures.described(file) != pictures.description(*shown):
+            pictures.write(file, *shown)
 
 
 if __name__ == "__main__":

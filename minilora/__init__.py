@@ -13,6 +13,7 @@ from .adapter import Adapter
 from .bank import Adapters
 from .engine import Tensor, backward, no_grad, plain
 from .errors import InputError, TrainingStopped
+from .files.adapters import load_adapter
 from .files.base import pretrained
 from .files.gpt2 import load_gpt2, save_gpt2
 from .files.peft import load_peft, save_peft
@@ -46,6 +47,7 @@ __all__ = [
     "evaluate",
     "kept_bytes",
     "ledger",
+    "load_adapter",
     "load_gpt2",
     "load_peft",
     "merge",

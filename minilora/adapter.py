@@ -101,10 +101,7 @@ class AdaptedLinear(Module):
     forms = {}  # {"numpy" or "cupy": a faster host(layer, x)}, registered by fast/
 
     def __init__(self, base: Linear, method: Adapter, seed, shared=None, part=None):
-        """``shared``: Parameters from ``init_shared``; ``seed``: of the Generator that ``init`` draws from.
-
-        ``part``: {name: slice}, the rows of a shared array that this layer sees, where they are not the first ones.
-        """
+        """``shared``: Parameters from init_shared; ``part`` {name: slice}: the rows of one that this layer sees."""
         self.method, self.base, self.part = method, base, part or {}
         self.merged, self.original = None, base.W.data
         base.freeze()

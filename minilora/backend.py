@@ -1,7 +1,6 @@
 """NumPy or CuPy: the one file that knows which. Everywhere else an array is just an array.
 
 The array decides, there is no global switch: ``array_module(x)`` is the library that ``x`` belongs to.
-CuPy is imported only when a GPU is asked for or a CuPy array is met.
 """
 
 import sys

@@ -10,6 +10,8 @@ import dataclasses
 import inspect
 import json
 import sys
+from functools import partial
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
@@ -25,12 +27,9 @@ def main(argv=None) -> int:
     except InputError as error:
         print(f"minilora: error: {error}", file=sys.stderr)
         return 2
-    except TrainingStopped as stop:
+    except (TrainingStopped, Interrupted) as stop:
         print(f"minilora: {stop}", file=sys.stderr)
-        return 1
-    except Interrupted as stop:
-        print(f"minilora: {stop}", file=sys.stderr)
-        return 128 + stop.signum  # 130 for Ctrl-C, as shells count
+        return 128 + stop.signum if isinstance(stop, Interrupted) else 1  # 130 for Ctrl-C, as shells count
     except KeyboardInterrupt:
         print("\nminilora: stopped", file=sys.stderr)
         return 130
@@ -58,9 +57,9 @@ class Parser(argparse.ArgumentParser):
         self.declare = declare
 
     def parse_known_args(self, args=None, namespace=None):
-        declare, self.declare = self.declare, None
-        if declare is not None:
-            declare(self)
+        if self.declare is not None:
+            self.declare(self)
+            self.declare = None
         return super().parse_known_args(args, namespace)
 
 
@@ -160,7 +159,7 @@ def train_flags(p):
     chosen = p.add_subparsers(dest="method", metavar="METHOD", help=help)
     for name in methods.names():
         description = f"{inspect.getdoc(run_train)} The method: {name}."
-        chosen.add_parser(name, description=description, declare=method_flags(name))
+        chosen.add_parser(name, description=description, declare=partial(method_flags, name=name))
     chosen.choices = MethodNames(chosen.choices)
 
 
@@ -175,15 +174,11 @@ def run_flags(p):
     p.add_argument("--resume", metavar="DIR", help="resume the run in this folder, with its own settings", **once)
 
 
-def method_flags(name):
-    """A function that declares the flags of ``train`` and those of the method ``name``."""
-
-    def declare(p):
-        run_flags(p)
-        group = p.add_argument_group("the method's own options")
-        add_flags(group, methods.get(name), f"see the equations at the top of methods/{name}.py")
-
-    return declare
+def method_flags(p, name):
+    """The flags of ``train`` and those of the method ``name``."""
+    run_flags(p)
+    group = p.add_argument_group("the method's own options")
+    add_flags(group, methods.get(name), f"see the equations at the top of methods/{name}.py")
 
 
 def run_train(args):
@@ -191,24 +186,19 @@ def run_train(args):
     from .lab.finetune import finetune, resume
     from .lab.settings import Settings
 
-    if "resume" in args:
-        left = {name for name, value in vars(args).items() if value is not None} - {
-            "run",
-            "resume",
-            "workers",
-            "device",
-        }
-        if left:
+    got = {name: value for name, value in vars(args).items() if value is not None}
+    if "resume" in got:
+        if left := got.keys() - {"run", "resume", "workers", "device"}:
             raise InputError(
                 f"--resume continues with the run's own settings; leave out {', '.join(sorted(left))}, "
                 "or begin another run with another --out"
             )
-        resume(args.resume, vars(args).get("workers"), vars(args).get("device"))
+        resume(args.resume, got.get("workers"), got.get("device"))
         return
     if args.method is None:
         raise InputError(f"name a method, one of {', '.join(methods.names())}; or --resume DIR")
     settings = Settings(**given(args, Settings), options=given(args, methods.get(args.method)))
-    finetune(settings, vars(args).get("out", "runs/train"), "overwrite" in args)
+    finetune(settings, got.get("out", "runs/train"), "overwrite" in got)
 
 
 def sweep_flags(p):
@@ -229,8 +219,6 @@ def sweep_flags(p):
 
 def run_sweep(args):
     """Method × rank × alpha × learning rate × seed, on processes or a Dask cluster."""
-    from pathlib import Path
-
     from .files.saving import write_atomically
     from .lab import executors, figures, results, sweep
     from .lab.settings import Grid
@@ -265,8 +253,6 @@ def pretrain_flags(p):
 
 def run_pretrain(args):
     """Make the base model again: a tiny GPT trained on modern Shakespeare."""
-    from pathlib import Path
-
     from .files.base import save_model
     from .files.saving import writable_folder
     from .lab.pretrain import Recipe, pretrain
@@ -313,8 +299,6 @@ def run_generate(args):
 
 def load_folder(folder, model):
     """The adapter of a train run's folder, or of PEFT's."""
-    from pathlib import Path
-
     from .files.checkpoint import load_adapter
     from .files.peft import CONFIG, load_peft
     from .lab.finetune import ADAPTER
@@ -393,10 +377,6 @@ def run_import(args):
 # ------------------------------------------------------------------------------------------------- look inside
 
 
-def methods_flags(p):
-    json_flag(p)
-
-
 def run_methods(args):
     """List the methods: what each trains, saves for backward and costs."""
     from .tools.catalogue import catalogue, show
@@ -462,10 +442,6 @@ def run_diff(args):
     print(difference(args.first, args.second))
 
 
-def devices_flags(p):
-    json_flag(p)
-
-
 def run_devices(args):
     """List what can compute here: the CPU, and each GPU or why there is none."""
     from .tools.devices import devices, show
@@ -489,7 +465,13 @@ def run_check(args):
     from .tools.gradcheck import check_methods, check_operations
 
     if args.file is not None:
-        return run_grade(args)
+        from .tools.exercises import grade
+
+        if args.methods:
+            raise InputError("check: name methods, or one file with --file")
+        grades = grade(args.file)
+        print(json.dumps(grades.dict(), indent=1) if args.json else grades)
+        return int(not grades)
     reports = [] if args.methods else check_operations()
     reports += check_methods(args.methods or None)
     if args.json:
@@ -500,17 +482,6 @@ def run_check(args):
     failed = sum(not report for report in reports)
     print(f"\n{len(reports) - failed} checks passed, {failed} failed")
     return int(failed > 0)
-
-
-def run_grade(args):
-    """Grade the method file of ``check --file``."""
-    from .tools.exercises import grade
-
-    if args.methods:
-        raise InputError("check: name methods, or one file with --file")
-    grades = grade(args.file)
-    print(json.dumps(grades.dict(), indent=1) if args.json else grades)
-    return int(not grades)
 
 
 def exercise_flags(p):
@@ -535,11 +506,11 @@ COMMANDS = {
     "generate": (generate_flags, run_generate),
     "export": (export_flags, run_export),
     "import": (import_flags, run_import),
-    "methods": (methods_flags, run_methods),
+    "methods": (json_flag, run_methods),
     "ledger": (ledger_flags, run_ledger),
     "trace": (trace_flags, run_trace),
     "diff": (diff_flags, run_diff),
-    "devices": (devices_flags, run_devices),
+    "devices": (json_flag, run_devices),
     "check": (check_flags, run_check),
     "exercise": (exercise_flags, run_exercise),
 }

@@ -59,10 +59,7 @@ class Tensor:
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
     grad = property(lambda self: self.node.grad if self.node else None)
-
-    @property
-    def requires_grad(self) -> bool:
-        return self.node is not None
+    requires_grad = property(lambda self: self.node is not None)
 
     def __repr__(self):
         return f"Tensor(shape={self.shape}, dtype={self.dtype}, node={self.node.name if self.node else None})"

@@ -1,7 +1,4 @@
-"""The errors a user can mend: each names what was wrong and what would be right.
-
-The command line prints these as one line; anything else that is raised is a bug and keeps its traceback.
-"""
+"""The errors that a user can mend, which the command line prints as one line. Anything else that is raised is a bug."""
 
 import difflib
 import json

@@ -1,7 +1,6 @@
-"""A tiny GPT-2: token ids in, logits out. It is what every adapter method here is tried on.
+"""A tiny GPT-2: token ids in, logits out. Every adapter method here is tried on it.
 
-The layout is GPT-2's (layer norm first, learned positions, tanh GELU, output tied to the token embedding), with
-q, k and v as separate linear layers, so that each can be adapted by its name.
+The layout is GPT-2's, but q, k and v are separate linear layers, so that each can be adapted by its name.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Parameters, modules and the two layers that own arrays: Linear and LayerNorm.
 
-A module is a plain object; its parameters and sub-modules are the attributes it has, found by walking them.
+The parameters and sub-modules of a module are its attributes, found by walking them.
 """
 
 import numpy as np

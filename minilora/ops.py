@@ -52,7 +52,7 @@ def add_backward(need, dz, saved):
 
 
 def embedding_forward(need, table, *, ids):
-    """Row ids[n] of table (V, d) for each token n. Ids on the host are checked there, without synchronising a GPU.
+    """Row ids[n] of table (V, d) for each token n.
 
     F1  y_n = table[ids_n]                             (N, d)
     Kept: ids.
@@ -104,8 +104,7 @@ def layer_norm_backward(need, dy, saved):
 
 
 def mean(x):
-    """The mean of each row of x (N, d), as (N, 1)."""
-    return x.mean(axis=1, keepdims=True)
+    return x.mean(axis=1, keepdims=True)  # (N, 1)
 
 
 GELU_SCALE = math.sqrt(2.0 / math.pi)  # a Python float: np.sqrt would turn float32 into float64

@@ -77,9 +77,12 @@ def host(model: Module, chosen: dict[str, Adapter], seed=0, parts=None) -> None:
 
 def shared_shapes(model: Module, chosen, parts=None) -> list:
     """The (d_out, d_in) that shared arrays must serve: those of the layers, up to the last row that a part reaches."""
-    reach = lambda path: [rows.stop for rows in (parts or {}).get(path, {}).values()]
-    shapes = {path: linear.W.shape for path, linear in linear_layers(model).items() if path in chosen}
-    return [(max(d_out, *reach(path), 1), d_in) for path, (d_out, d_in) in shapes.items()]
+    found = []
+    for path, linear in linear_layers(model).items():
+        if path in chosen:
+            last = [rows.stop for rows in (parts or {}).get(path, {}).values()]
+            found.append((max(len(linear.W.data), *last, 1), linear.W.shape[1]))
+    return found
 
 
 def linear_layers(model: Module) -> dict[str, Linear]:

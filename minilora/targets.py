@@ -13,7 +13,7 @@ def choose(names: list[str], method: Adapter, target_modules, rank_pattern, alph
     for option, pattern in (("r", rank_pattern or {}), ("alpha", alpha_pattern or {})):
         for key in pattern:
             if not any(matches(key, path) for path in chosen):
-                raise InputError(f'{option}: "{key}" matches no adapted layer; there are {", ".join(chosen)}')
+                raise InputError(f'{option}: the pattern "{key}" matches no adapted layer of {", ".join(chosen)}')
         for path, own in chosen.items():
             for key in [key for key in pattern if matches(key, path)][:1]:  # the first that fits counts
                 chosen[path] = vary(own, option, pattern[key])

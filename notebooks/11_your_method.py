@@ -534,7 +534,7 @@ assess(
 #
 # ```python
 # def rank_for_budget(r, d_in, d_out):
-#     return min(math.isqrt(r * (d_in + d_out)), d_in, d_out)  # import math
+#     return min(int(np.sqrt(r * (d_in + d_out))), d_in, d_out)
 # ```
 #
 # </details>

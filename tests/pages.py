@@ -1,9 +1,12 @@
 """Reading and running the pages of docs/: what the suite needs to hold their code, its output and their links true."""
 
 import contextlib
+import importlib
 import io
 import re
 from pathlib import Path
+
+import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\s*^```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
@@ -12,6 +15,13 @@ FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 def read(name: str) -> str:
     return (DOCS / name).read_text(encoding="utf-8")
+
+
+def benchmark(name: str):
+    """The module ``name`` of benchmarks/, which is not part of the package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DOCS.parent / "benchmarks")
+        return importlib.import_module(name)
 
 
 def blocks(page: str) -> list[tuple[str, str]]:

@@ -24,21 +24,20 @@ def positive(*shape, seed=0):
     return np.random.default_rng([seed, *shape]).uniform(0.5, 2.0, shape)
 
 
-def leaves(*arrays):
-    return [Tensor(a, requires_grad=True) for a in arrays]
-
-
 def check(f, **arrays):
-    """Gradients by the engine of ``f`` of Tensors, against finite differences of the same ``f`` of constants."""
+    """``f`` of Tensors is that of arrays, and its gradients are the finite differences of ``f`` of constants."""
     tensors = {name: Tensor(a, requires_grad=True) for name, a in arrays.items()}
     y = f(**tensors)
+    np.testing.assert_allclose(y.data, f(**arrays), rtol=1e-14, atol=0)
     dy = np.asarray(np.random.default_rng(1).standard_normal(y.shape))
     backward(y, dy)
-    value = lambda **a: (f(**{name: Tensor(v) for name, v in a.items()}).data * dy).sum()
-    return gradcheck(value, {name: np.asarray(t.grad) for name, t in tensors.items()}, arrays)
 
+    def value(**constants):
+        return (f(**{name: Tensor(a) for name, a in constants.items()}).data * dy).sum()
 
-# -------------------------------------------------------------------------------- each operation
+    report = gradcheck(value, {name: np.asarray(t.grad) for name, t in tensors.items()}, arrays)
+    assert report, report
+
 
 CASES = {
     "add": (elementary.add, {"a": positive(2, 3), "b": positive(2, 3, seed=1)}, {}),
@@ -51,7 +50,7 @@ CASES = {
     "reshape": (elementary.reshape, {"x": positive(2, 6)}, {"shape": (3, 4)}),
     "transpose": (elementary.transpose, {"x": positive(2, 3, 4)}, {"axes": (1, 2, 0)}),
     "getitem": (elementary.getitem, {"x": positive(4, 3)}, {"index": np.array([2, 0, 2])}),
-    **{f"pow {e}": (elementary.power, {"x": positive(2, 3)}, {"exponent": e}) for e in (1, 2, 3, -1.0, 0.5, -1.5)},
+    **{f"pow {e}": (elementary.power, {"x": positive(2, 3)}, {"exponent": e}) for e in (1, 2, -1.5)},
 }
 
 
@@ -61,16 +60,11 @@ def test_every_operation_is_checked_here():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradient(name):
+def test_gradients_and_only_what_is_needed_is_computed_and_kept(name):
+    """For each choice of inputs: the same gradients, None for the others, and no kept array that goes unused."""
     operation, arrays, constants = CASES[name]
     report = check_operation(operation, arrays, **constants)
     assert report, report
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_only_what_is_needed_is_computed_and_kept(name):
-    """For each choice of inputs: the same gradients, None for the others, and no kept array that goes unused."""
-    operation, arrays, constants = CASES[name]
     names = operation.Need._fields
     everything = operation.Need(*[True] * len(names))
     y, saved = operation.forward(everything, *arrays.values(), **constants)
@@ -90,9 +84,6 @@ def test_only_what_is_needed_is_computed_and_kept(name):
                 operation.backward(need, dy, Saved({k: v for k, v in saved.items() if k != key}))
 
 
-# -------------------------------------------------------------------------------- operators
-
-A, B = positive(2, 3), positive(2, 3, seed=1)
 OPERATORS = {
     "a + b": lambda a, b: a + b,
     "a - b": lambda a, b: a - b,
@@ -109,101 +100,60 @@ OPERATORS = {
     "a @ b.T": lambda a, b: a @ b.T,
     "a.sum() * b": lambda a, b: a.sum() * b,
     "sum(axis=0)": lambda a, b: a.sum(axis=0) * b.sum(axis=-1, keepdims=True),
-    "a[:, 1] * b[0]": lambda a, b: a[:, 1:2] * b[0],
     "reshape": lambda a, b: a.reshape(3, -1) @ b,
     "transpose": lambda a, b: a.transpose() @ b,
-    "transpose(1, 0)": lambda a, b: a.transpose(1, 0) @ b,
 }
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_operators_compute_what_numpy_computes(name):
-    f = OPERATORS[name]
-    np.testing.assert_allclose(f(*leaves(A, B)).data, f(A, B), rtol=1e-14, atol=0)
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-def test_operators_have_the_right_gradient(name):
-    report = check(OPERATORS[name], a=A, b=B)
-    assert report, report
+def test_operators_are_numpys_with_the_right_gradient(name):
+    check(OPERATORS[name], a=positive(2, 3), b=positive(2, 3, seed=1))
 
 
 @pytest.mark.parametrize("name", ["exp", "log", "tanh"])
 def test_functions_compute_what_numpy_computes(name):
-    np.testing.assert_array_equal(getattr(Tensor(A), name)().data, getattr(np, name)(A))
+    x = positive(2, 3)
+    np.testing.assert_array_equal(getattr(Tensor(x), name)().data, getattr(np, name)(x))
 
 
 def test_the_power_zero_is_a_constant_also_at_zero():
-    (x,) = leaves(np.array([0.0, 2.0]))
+    x = Tensor(np.array([0.0, 2.0]), requires_grad=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         backward((x**0).sum())
     np.testing.assert_array_equal(x.grad, [0.0, 0.0])
 
 
-# -------------------------------------------------------------------------------- broadcasting
-
-
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.sampled_from(["a + b", "a * b", "a - b", "a / b"]), mutually_broadcastable_shapes(num_shapes=2, max_dims=3))
 def test_each_copy_that_broadcasting_made_passes_a_gradient_on(name, shapes):
-    a, b = positive(*shapes.input_shapes[0]), positive(*shapes.input_shapes[1], seed=1)
-    y = OPERATORS[name](Tensor(a), Tensor(b))
-    assert y.shape == shapes.result_shape
-    report = check(OPERATORS[name], a=a, b=b)
-    assert report, report
+    a, b = shapes.input_shapes
+    check(OPERATORS[name], a=positive(*a), b=positive(*b, seed=1))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(mutually_broadcastable_shapes(signature="(m,k),(k,n)->(m,n)", max_dims=2, max_side=3))
 def test_matmul_broadcasts_its_leading_axes(shapes):
-    a, b = positive(*shapes.input_shapes[0]), positive(*shapes.input_shapes[1], seed=1)
-    assert (Tensor(a) @ Tensor(b)).shape == shapes.result_shape
-    report = check(lambda a, b: a @ b, a=a, b=b)
-    assert report, report
+    a, b = shapes.input_shapes
+    check(lambda a, b: a @ b, a=positive(*a), b=positive(*b, seed=1))
 
 
-@pytest.mark.parametrize(
-    ("shape", "stretched"),
-    [
-        ((), (2, 3)),
-        ((3,), (2, 3)),
-        ((1, 3), (2, 3)),
-        ((2, 1), (2, 3)),
-        ((1, 1), (2, 3)),
-        ((2, 3), (2, 3)),
-        ((1,), (0,)),
-    ],
-)
-def test_unbroadcast_undoes_broadcast_to(shape, stretched):
-    """The adjoint of stretching: <stretch(a), g> equals <a, unbroadcast(g)>."""
-    a, g = positive(*shape), positive(*stretched, seed=1)
-    back = elementary.unbroadcast(g, shape)
-    assert back.shape == shape
-    np.testing.assert_allclose((a * back).sum(), (np.broadcast_to(a, stretched) * g).sum(), rtol=1e-14)
-
-
-# -------------------------------------------------------------------------------- sum, index, axes
+def test_no_copy_of_a_stretched_array_passes_nothing_on():
+    np.testing.assert_array_equal(elementary.unbroadcast(np.ones(0), (1,)), [0.0])
 
 
 @pytest.mark.parametrize("keepdims", [False, True])
-@pytest.mark.parametrize("axis", [None, 0, 1, -1, (0, 2), (-2, 0), (0, 1, 2), ()])
+@pytest.mark.parametrize("axis", [None, 1, -1, (-2, 0), (0, 1, 2), ()])
 def test_sum_over_any_axes(axis, keepdims):
-    x = positive(2, 3, 4)
-    y = Tensor(x).sum(axis=axis, keepdims=keepdims)
-    np.testing.assert_array_equal(y.data, x.sum(axis=axis, keepdims=keepdims))
-    report = check(lambda x: x.sum(axis=axis, keepdims=keepdims), x=x)
-    assert report, report
+    check(lambda x: x.sum(axis=axis, keepdims=keepdims), x=positive(2, 3, 4))
 
 
 INDICES = {
     "repeated": [2, 0, 2, 2],
     "repeated pairs": (np.array([1, 1, 0]), np.array([2, 2, 0])),
     "two axes of an index": np.array([[0, 1], [1, 1]]),
-    "one": 1,
     "negative": -1,
     "one entry": (2, 0),
-    "slice": slice(1, 3),
     "step": slice(None, None, -2),
     "column": (slice(None), 1),
     "ellipsis": (..., 0),
@@ -214,27 +164,13 @@ INDICES = {
 
 @pytest.mark.parametrize("name", INDICES)
 def test_an_entry_receives_once_for_each_time_it_was_picked(name):
-    x, index = positive(4, 3), INDICES[name]
-    np.testing.assert_array_equal(Tensor(x)[index].data, x[index])
-    report = check(lambda x: x[index], x=x)
-    assert report, report
+    check(lambda x: x[INDICES[name]], x=positive(4, 3))
 
 
-def test_repeated_indices_by_hand():
-    (x,) = leaves(np.ones(3))
-    backward(x[[2, 0, 2]], np.array([1.0, 10.0, 100.0]))
-    np.testing.assert_array_equal(x.grad, [10.0, 0.0, 101.0])
-
-
-@pytest.mark.parametrize("axes", [*itertools.permutations(range(3)), (-1, 0, 1), (1, -1, 0), (-2, -1, -3)])
+@pytest.mark.parametrize("axes", [*itertools.permutations(range(3)), (-2, -1, -3)])
 def test_transpose_by_any_order_of_axes(axes):
-    x = positive(2, 3, 4)
-    np.testing.assert_array_equal(Tensor(x).transpose(*axes).data, x.transpose(axes))
-    report = check(lambda x: x.transpose(*axes), x=x)
-    assert report, report
+    check(lambda x: x.transpose(*axes), x=positive(2, 3, 4))
 
-
-# -------------------------------------------------------------------------------- what is refused
 
 MISTAKES = {
     "add": (lambda a, b: a + b[0, :2], r"add: shapes \(2, 3\) and \(2,\) do not broadcast \(3 against 2\)"),
@@ -252,4 +188,4 @@ MISTAKES = {
 def test_shapes_that_do_not_fit_are_named(name):
     f, message = MISTAKES[name]
     with pytest.raises(InputError, match=message):
-        f(*leaves(A, B))
+        f(*(Tensor(positive(2, 3, seed=seed), requires_grad=True) for seed in (0, 1)))

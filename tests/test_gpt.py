@@ -1,4 +1,4 @@
-"""The tiny GPT sees no later token, starts as a uniform guess, and its gradient is right in every parameter.
+"""The tiny GPT sees no later token, starts at GPT-2's weights, and its gradient is right in every parameter.
 These tests exist because each layer can be right while their wiring is not: a mask, a tied head, a stale cache.
 """
 
@@ -8,29 +8,32 @@ import numpy as np
 import pytest
 
 from minilora import methods, ops
-from minilora.engine import Tensor, backward, no_grad
+from minilora.engine import Tensor, backward, is_recording, no_grad
 from minilora.errors import InputError
 from minilora.gpt import GPT, GPTConfig
 from minilora.memory import ledger
 from minilora.nn import Linear, Module, Parameter
+from minilora.recompute import recompute
 from minilora.sampling import sample
-from minilora.surgery import adapt, adapted_layers
-from minilora.tools.audit import audit
+from minilora.surgery import adapt
 from minilora.tools.gradcheck import check_model
 
 TINY = GPTConfig(vocab_size=7, n_positions=6, n_embd=8, n_layer=2, n_head=2)
 
 
-def model(config=TINY, rng=0, dtype=np.float32) -> GPT:
-    return GPT(config, rng, dtype)
-
-
-def lively(config=TINY, rng=0, dtype=np.float64) -> GPT:
-    """A model far from its small initial weights, so that no gradient and no preference is near zero."""
-    gpt, rng = GPT(config, rng, dtype), np.random.default_rng(rng)
-    for name, p in gpt.named_parameters():
-        gain = name.endswith(".g")
+def lively(config=TINY, name="all trained", dtype=np.float64) -> GPT:
+    """A model far from its start, so that no gradient and no preference is near zero: adapted by ``name``, or with its
+    own parameters trained, or its norms alone."""
+    gpt, rng = GPT(config, dtype=dtype), np.random.default_rng(0)
+    for path, p in gpt.named_parameters():
+        gain = path.endswith(".g")
         p.data[:] = rng.normal(1.0 if gain else 0.0, 0.1 if gain else 0.3, p.shape)
+        if name == "norms trained" and "norm1" not in path and "norm2" not in path:
+            p.freeze()
+    if name in methods.names():
+        adapt(gpt, name, verbose=False, **methods.known(name, r=2))
+        for p in gpt.trainable().values():
+            p.data[...] += rng.normal(0.0, 0.3, p.shape)  # B = 0 would hide dA
     return gpt
 
 
@@ -44,24 +47,6 @@ def logits(gpt, ids, rng=None):
 
 
 # -------------------------------------------------------------------------------- forward
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(("batch", "time"), [(1, 1), (3, 4), (2, 6)])
-def test_ids_become_one_row_of_logits_per_token(batch, time, dtype):
-    y = model(dtype=dtype)(random_ids(batch, time))
-    assert y.shape == (batch * time, TINY.vocab_size)
-    assert y.dtype == dtype
-
-
-def test_parameters_have_the_shapes_and_paths_of_gpt2():
-    shapes = {name: p.shape for name, p in model().named_parameters()}
-    d, block = TINY.n_embd, "blocks.1"
-    assert shapes["tokens"] == (7, d) and shapes["positions"] == (6, d)
-    assert shapes[f"{block}.q.W"] == shapes[f"{block}.k.W"] == shapes[f"{block}.v.W"] == (d, d)
-    assert shapes[f"{block}.up.W"] == (4 * d, d) and shapes[f"{block}.down.W"] == (d, 4 * d)
-    assert shapes[f"{block}.up.b"] == (4 * d,) and shapes["norm.g"] == (d,)
-    assert len(shapes) == 2 + TINY.n_layer * (6 * 2 + 2 * 2) + 2  # linears and norms; the head is tied: no own array
 
 
 def test_the_forward_pass_by_numpy_alone():
@@ -89,19 +74,6 @@ def test_the_forward_pass_by_numpy_alone():
         np.testing.assert_allclose(logits(gpt, ids)[5 * row : 5 * row + 5], expected, rtol=1e-11, atol=1e-12)
 
 
-def test_a_fresh_model_guesses_uniformly():
-    """Logits are products of a normalised row (length √d) with embeddings of deviation 0.02, so of deviation
-    s = 0.02 √d. Their log-sum-exp is ln V, plus s²/2, plus the own token's share: its embedding is about 1/√2 of the
-    row before the norm, which lifts its logit to about 0.02 d / √2. The sampled mean over N targets moves by s / √N.
-    """
-    config = GPTConfig(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2)
-    N, s, own = 8 * 32, 0.02 * math.sqrt(16), 0.02 * 16 / math.sqrt(2)
-    tolerance = s**2 / 2 + math.expm1(2 * own) / 50 + 4 * s / math.sqrt(N)
-    assert tolerance < 0.05 * math.log(50)
-    ids, targets = random_ids(8, 32, vocab=50), random_ids(8, 32, seed=1, vocab=50)
-    assert abs(float(model(config).loss(ids, targets).data) - math.log(50)) < tolerance
-
-
 def test_no_logit_depends_on_a_later_token():
     gpt, ids = lively(), random_ids(2, 6)
     before = logits(gpt, ids).reshape(2, 6, -1)
@@ -113,23 +85,17 @@ def test_no_logit_depends_on_a_later_token():
         assert (after[:, t:] != before[:, t:]).any(axis=-1).all()  # and each later one does depend on it
 
 
-def test_sequences_of_a_batch_do_not_see_each_other():
-    gpt, ids = lively(), random_ids(3, 5)
-    together = logits(gpt, ids).reshape(3, 5, -1)
-    for row in range(3):
-        np.testing.assert_allclose(logits(gpt, ids[row : row + 1]), together[row], rtol=1e-12, atol=1e-13)
-
-
 def test_loss_is_the_cross_entropy_of_the_logits():
     gpt, ids, targets = lively(), random_ids(2, 4), random_ids(2, 4, seed=1)
     targets[0, 1] = ops.IGNORE_INDEX
     expected = ops.cross_entropy(Tensor(logits(gpt, ids)), targets=targets.ravel())
     assert gpt.loss(ids, targets).data == expected.data
+    assert GPT(TINY)(ids).dtype == GPT(TINY).loss(ids, targets).dtype == np.float32
 
 
 def test_initial_weights_are_gpt2s():
     """Normal of deviation 0.02, by 1/√(2 n_layer) less where a layer writes to the residual stream."""
-    gpt = model(GPTConfig(vocab_size=96, n_positions=64, n_embd=64, n_layer=3, n_head=4))
+    gpt = GPT(GPTConfig(vocab_size=96, n_positions=64, n_embd=64, n_layer=3, n_head=4))
     for name, p in gpt.named_parameters():
         if p.data.ndim == 1:
             assert (p.data == (1.0 if name.endswith(".g") else 0.0)).all(), name
@@ -139,56 +105,26 @@ def test_initial_weights_are_gpt2s():
             assert abs(p.data.std() / std - 1.0) < four_deviations, name
 
 
-def test_the_default_seed_is_zero():
-    np.testing.assert_array_equal(GPT(TINY).tokens.data, model(rng=0).tokens.data)
-    np.testing.assert_array_equal(model(rng=np.random.default_rng(0)).tokens.data, model(rng=0).tokens.data)
-
-
-def test_a_seed_is_a_model():
-    same, other = model(rng=3), model(rng=4)
-    for (name, a), (_, b), (_, c) in zip(*(m.named_parameters() for m in (model(rng=3), same, other)), strict=True):
+def test_a_seed_is_a_model_and_the_default_is_zero():
+    models = (GPT(TINY, rng) for rng in (0, np.random.default_rng(0), 4))
+    for (name, a), (_, b), (_, other) in zip(*(m.named_parameters() for m in models), strict=True):
         np.testing.assert_array_equal(a.data, b.data)
-        assert name.endswith((".g", ".b")) or not np.array_equal(a.data, c.data)
+        assert name.endswith((".g", ".b")) or not np.array_equal(a.data, other.data)
+    np.testing.assert_array_equal(GPT(TINY).tokens.data, GPT(TINY, 0).tokens.data)
 
 
-# -------------------------------------------------------------------------------- gradients
+SMALL = GPTConfig(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=2)
 
 
-def test_gradient_of_every_parameter():
-    gpt = lively(GPTConfig(7, 6, 8, 1, 2))
-    targets = random_ids(2, 4, seed=1)
+@pytest.mark.parametrize("name", ["all trained", "lora"])
+def test_gradient_entry_by_entry(name):
+    gpt = lively(SMALL, name)
+    ids, targets = random_ids(2, 4, vocab=5), random_ids(2, 4, seed=1, vocab=5)
     targets[1, 2] = ops.IGNORE_INDEX
-    report = check_model(gpt, random_ids(2, 4), targets)
+    report = check_model(gpt, ids, targets)
     assert {row.array for row in report.rows} == set(gpt.trainable())
     assert {row.method for row in report.rows} == {"central", "complex"}
     assert report, report
-
-
-def test_gradient_of_every_adapter_array_in_place():
-    gpt = adapt(lively(), "lora", r=2, verbose=False)
-    rng = np.random.default_rng(5)
-    for layer in adapted_layers(gpt).values():
-        layer.arrays.B.data[:] = rng.normal(0.0, 0.3, layer.arrays.B.shape)  # off the point where B = 0 hides dA
-    report = check_model(gpt, random_ids(2, 4), random_ids(2, 4, seed=1))
-    assert {row.array for row in report.rows} == {
-        f"blocks.{i}.{layer}.arrays.{name}"
-        for i in range(2)
-        for layer in ("q", "k", "v", "o", "up", "down")
-        for name in "AB"
-    }
-    assert report, report
-
-
-def test_the_tied_embedding_receives_from_both_its_uses(monkeypatch):
-    ids, targets = random_ids(2, 4), random_ids(2, 4, seed=1)
-    tied, untied = lively(), lively()
-    table = Parameter(untied.tokens.data.copy())  # the same numbers, as a parameter of their own
-    look_up = lambda t, *, ids: ops.embedding(table if t is untied.tokens else t, ids=ids)
-    backward(tied.loss(ids, targets))
-    monkeypatch.setattr("minilora.gpt.embedding", look_up)
-    backward(untied.loss(ids, targets))
-    assert np.abs(table.grad).max() > 0.01 and np.abs(untied.tokens.grad).max() > 0.01
-    np.testing.assert_allclose(tied.tokens.grad, table.grad + untied.tokens.grad, rtol=1e-12, atol=1e-15)
 
 
 # -------------------------------------------------------------------------------- dropout
@@ -196,19 +132,14 @@ def test_the_tied_embedding_receives_from_both_its_uses(monkeypatch):
 DROPPING = GPTConfig(vocab_size=7, n_positions=6, n_embd=8, n_layer=2, n_head=2, dropout=0.3)
 
 
-def test_dropout_is_applied_only_with_a_generator():
-    ids = random_ids(2, 5)
-    plain, dropping = lively(), lively(DROPPING)
-    np.testing.assert_array_equal(logits(plain, ids), logits(dropping, ids))
-    np.testing.assert_array_equal(logits(plain, ids), logits(plain, ids, np.random.default_rng(1)))
-    assert not np.array_equal(logits(dropping, ids), logits(dropping, ids, np.random.default_rng(1)))
-
-
-def test_dropout_is_reproducible_from_its_seed():
-    gpt, ids = lively(DROPPING), random_ids(2, 5)
-    first, again, other = (logits(gpt, ids, np.random.default_rng(seed)) for seed in (1, 1, 2))
+def test_dropout_is_applied_only_with_a_generator_and_reproducible_from_its_seed():
+    ids, none, dropping = random_ids(2, 5), lively(), lively(DROPPING)
+    undropped = logits(none, ids)
+    np.testing.assert_array_equal(logits(dropping, ids), undropped)
+    np.testing.assert_array_equal(logits(none, ids, np.random.default_rng(1)), undropped)
+    first, again, other = (logits(dropping, ids, np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
-    assert not np.array_equal(first, other)
+    assert not np.array_equal(first, other) and not np.array_equal(first, undropped)
 
 
 def test_dropout_is_drawn_for_the_embedding_and_twice_in_each_block(monkeypatch):
@@ -219,64 +150,33 @@ def test_dropout_is_drawn_for_the_embedding_and_twice_in_each_block(monkeypatch)
         return ops.dropout(x, p=p, rng=rng)
 
     monkeypatch.setattr("minilora.gpt.dropout", spy)
-    logits(model(DROPPING), random_ids(2, 5), np.random.default_rng(0))
+    logits(GPT(DROPPING), random_ids(2, 5), np.random.default_rng(0))
     assert drawn == [((10, 8), 0.3)] * (1 + 2 * TINY.n_layer)
 
 
 # -------------------------------------------------------------------------------- sampling
 
-
-def greedy(gpt, ids, n):
-    """Without a cache: the whole forward pass again for each token."""
-    start = ids.shape[1]
-    for _ in range(n):
-        last = logits(gpt, ids).reshape(*ids.shape, -1)[:, -1]
-        ids = np.concatenate([ids, last.argmax(axis=1)[:, None]], axis=1)
-    return ids[:, start:]
+LENGTHS = [  # (context, prompt, new tokens)
+    (6, 1, 5),
+    (6, 4, 12),  # past the context twice
+    (6, 9, 4),  # of a prompt longer than the context, its end counts
+    (1, 1, 3),
+]
 
 
-@pytest.mark.parametrize("start", [1, 3])
-def test_cached_sampling_equals_the_full_forward_pass(start):
-    gpt, ids = lively(), random_ids(3, start)
-    n = TINY.n_positions - start  # as far as the context goes
-    new = gpt.generate(ids, n, temperature=0.0)
-    assert new.shape == (3, n)
-    np.testing.assert_array_equal(new, greedy(gpt, ids, n))
-
-
-def test_cached_sampling_equals_the_full_forward_pass_with_an_adapter():
-    gpt = adapt(lively(), "lora", r=2, verbose=False)
-    for layer in adapted_layers(gpt).values():
-        layer.arrays.B.data[:] = np.random.default_rng(6).normal(0.0, 0.3, layer.arrays.B.shape)
-    ids = random_ids(2, 2)
-    np.testing.assert_array_equal(gpt.generate(ids, 4, temperature=0.0), greedy(gpt, ids, 4))
-
-
-def test_sampling_goes_on_past_the_context_from_its_later_half():
-    gpt, ids = lively(), random_ids(2, 4)
-    new = gpt.generate(ids, 12, temperature=0.0)
-    text = np.concatenate([ids, new], axis=1)
-    start, length = 0, 4  # what the model has read before it writes the next token
-    for t in range(4, 16):
-        expected = greedy(gpt, text[:, start:t], 1)[:, 0]
+@pytest.mark.parametrize(("context", "prompt", "n"), LENGTHS)
+@pytest.mark.parametrize("name", ["all trained", "lora"])
+def test_cached_sampling_equals_the_full_forward_pass(context, prompt, n, name):
+    """Where the context is full, the model reads the later half again, the new token included, and goes on."""
+    gpt, ids = lively(GPTConfig(7, context, 8, 2, 2), name), random_ids(3, prompt)
+    text = np.concatenate([ids, gpt.generate(ids, n, temperature=0.0)], axis=1)
+    assert text.shape == (3, prompt + n)
+    start = max(0, prompt - context)
+    for t in range(prompt, prompt + n):
+        expected = logits(gpt, text[:, start:t]).reshape(3, t - start, -1)[:, -1].argmax(axis=1)
         np.testing.assert_array_equal(text[:, t], expected)
-        length += 1
-        if length > TINY.n_positions:  # full: read the later half again, the new token included
-            start, length = t + 1 - TINY.n_positions // 2, TINY.n_positions // 2
-    assert start > 4
-
-
-def test_a_prompt_longer_than_the_context_counts_by_its_end():
-    gpt, ids = lively(), random_ids(2, 9)
-    first = gpt.generate(ids, 1, temperature=0.0)
-    np.testing.assert_array_equal(first, greedy(gpt, ids[:, -TINY.n_positions :], 1))
-
-
-def test_a_context_of_one_token():
-    gpt, ids = lively(GPTConfig(7, 1, 8, 1, 2)), random_ids(2, 1)
-    text = np.concatenate([ids, gpt.generate(ids, 3, temperature=0.0)], axis=1)
-    for t in range(3):
-        np.testing.assert_array_equal(text[:, t + 1], greedy(gpt, text[:, t : t + 1], 1)[:, 0])
+        if t + 1 - start > context:
+            start = t + 1 - max(1, context // 2)
 
 
 def test_a_seed_is_a_text():
@@ -287,7 +187,7 @@ def test_a_seed_is_a_text():
     np.testing.assert_array_equal(first, gpt.generate(ids, 20, rng=np.random.default_rng(1)))
 
 
-@pytest.mark.parametrize("options", [{"top_k": 1}, {"temperature": 1e-6}, {"temperature": 1e-40}])
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"temperature": 1e-40}])
 def test_one_candidate_or_no_temperature_is_greedy(options):
     gpt, ids = lively(dtype=np.float32), random_ids(2, 2)
     new = gpt.generate(ids, 8, rng=1, **options)
@@ -302,12 +202,6 @@ def test_tokens_are_drawn_from_the_softmax(temperature, top_k):
     drawn = sample(np.tile(row, (n, 1)), temperature, top_k, np.random.default_rng(0))
     share = np.bincount(drawn, minlength=5) / n
     assert (np.abs(share - p) <= 4 * np.sqrt(p * (1 - p) / n)).all()
-
-
-def test_sampling_records_nothing():
-    gpt = lively()
-    gpt.generate(random_ids(1, 2), 3)
-    assert all(p.grad is None for p in gpt.trainable().values())
 
 
 # -------------------------------------------------------------------------------- what is refused
@@ -326,13 +220,14 @@ MISTAKES = {
     "generate: n": (lambda gpt: gpt.generate(random_ids(1, 2), 0), "generate: n is 0"),
     "generate: one axis": (lambda gpt: gpt.generate(np.array([0, 1]), 2), r"\(2,\)"),
     "generate: no token": (lambda gpt: gpt.generate(np.zeros((1, 0), int), 2), "generate: the prompt is empty"),
-    "generate: too large": (lambda gpt: gpt.generate(np.array([[7]]), 2), "GPT: ids run from 7 to 7"),
     "generate: float": (lambda gpt: gpt.generate(np.array([[1.0]]), 2), "GPT: ids must be integers"),
     "temperature": (lambda gpt: gpt.generate(random_ids(1, 2), 2, temperature=-1.0), "temperature is -1.0"),
     "temperature nan": (lambda gpt: gpt.generate(random_ids(1, 2), 2, temperature=math.nan), "temperature is nan"),
-    "temperature inf": (lambda gpt: gpt.generate(random_ids(1, 2), 2, temperature=math.inf), "temperature is inf"),
     "top_k 0": (lambda gpt: gpt.generate(random_ids(1, 2), 2, top_k=0), "top_k is 0; it must lie in 1 … 7"),
     "top_k 8": (lambda gpt: gpt.generate(random_ids(1, 2), 2, top_k=8), "top_k is 8"),
+    "dropout 1": (lambda _: GPTConfig(dropout=1.0), "GPTConfig: dropout is 1.0"),
+    "dropout nan": (lambda _: GPTConfig(dropout=math.nan), "GPTConfig: dropout is nan"),
+    "heads": (lambda _: GPTConfig(n_head=3), "n_embd 128 is not a multiple of n_head 3"),
     "device": (lambda gpt: gpt.to("tpu"), 'unknown device "tpu"'),
 }
 
@@ -341,28 +236,14 @@ MISTAKES = {
 def test_a_mistake_is_named(name):
     f, message = MISTAKES[name]
     with pytest.raises(InputError, match=message):
-        f(model())
+        f(GPT(TINY))
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"])
-@pytest.mark.parametrize("value", [0, -1, 2.0, "2", None])
-def test_a_size_is_a_positive_integer(field, value):
-    with pytest.raises(InputError, match=f"GPTConfig: {field} is {value!r}"):
-        GPTConfig(**{field: value})
-
-
-@pytest.mark.parametrize("dropout", [-0.1, 1.0, math.nan])
-def test_dropout_is_a_probability_below_one(dropout):
-    with pytest.raises(InputError, match=f"GPTConfig: dropout is {dropout}"):
-        GPTConfig(dropout=dropout)
-
-
-def test_heads_divide_the_width():
-    with pytest.raises(InputError, match="n_embd 128 is not a multiple of n_head 3"):
-        GPTConfig(n_head=3)
-
-
-# -------------------------------------------------------------------------------- modules
+def test_a_size_is_a_positive_integer(field):
+    for value in (0, 2.0, "2"):
+        with pytest.raises(InputError, match=f"GPTConfig: {field} is {value!r}"):
+            GPTConfig(**{field: value})
 
 
 def test_parameters_are_found_in_order_and_modules_by_path():
@@ -388,35 +269,19 @@ def test_after_step_reaches_every_module_below():
             super().after_step()
 
     one, two = Deep(), Deep()
-    middle = Deep(one, two)
-    top = Deep(middle)
+    top = Deep(Deep(one, two))
     top.after_step()
-    assert called == [top, middle, one, two]
+    assert called == [top, top.below[0], one, two]
 
 
 def test_frozen_parameters_are_listed_but_not_trainable():
-    gpt = model()
+    gpt = GPT(TINY).to("cpu")
     gpt.blocks[0].freeze()
     names = [name for name, _ in gpt.named_parameters()]
     assert list(gpt.trainable()) == [name for name in names if not name.startswith("blocks.0.")]
-    assert gpt.to("cpu") is gpt
 
 
 # -------------------------------------------------------------------------------- activation checkpointing
-
-
-def made(name, config=TINY, dtype=np.float32):
-    """A model far from its start, adapted by ``name`` or with its own parameters trained."""
-    gpt, rng = lively(config, dtype=dtype), np.random.default_rng(5)
-    if name == "norms trained":
-        for path, p in gpt.named_parameters():
-            if not path.endswith(("norm1.g", "norm1.b", "norm2.g", "norm2.b")):
-                p.freeze()
-    elif name != "all trained":
-        adapt(gpt, name, verbose=False, **methods.known(name, r=2))
-        for p in gpt.trainable().values():
-            p.data[...] += 0.1 * rng.standard_normal(p.shape)
-    return gpt
 
 
 def learnt(gpt, rng=None):
@@ -436,10 +301,10 @@ def assert_equal(one, other):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["lora", "full", "dora", "vera", "all trained", "norms trained"])
+@pytest.mark.parametrize("name", ["lora", "dora", "vera", "all trained", "norms trained"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recomputing_changes_no_gradient_by_a_bit(name, dropout):
-    gpt = made(name, GPTConfig(7, 6, 8, 2, 2, dropout=dropout))
+    gpt = lively(GPTConfig(7, 6, 8, 2, 2, dropout=dropout), name, np.float32)
     expected = learnt(gpt, np.random.default_rng(3))
     assert gpt.recompute() is gpt
     assert_equal(learnt(gpt, np.random.default_rng(3)), expected)
@@ -448,7 +313,7 @@ def test_recomputing_changes_no_gradient_by_a_bit(name, dropout):
 
 @pytest.mark.quick
 def test_recomputing_saves_a_blocks_input_alone():
-    gpt, ids, targets = made("all trained"), random_ids(3, 6), random_ids(3, 6, seed=1)
+    gpt, ids, targets = lively(dtype=np.float32), random_ids(3, 6), random_ids(3, 6, seed=1)
     everything = ledger(gpt.loss(ids, targets), gpt)
     less = ledger(gpt.recompute().loss(ids, targets), gpt)
     saved = [(e.name, e.shape) for e in less if e.operation == "recompute"]
@@ -458,30 +323,33 @@ def test_recomputing_saves_a_blocks_input_alone():
     assert sum(e.nbytes for e in less) < 0.3 * sum(e.nbytes for e in everything)
 
 
-def test_the_allocator_says_so_too():
-    gpt = made("lora", GPTConfig(vocab_size=7, n_positions=96, n_embd=64, n_layer=2, n_head=4)).recompute()
-    audited = audit(gpt, random_ids(4, 96), random_ids(4, 96, seed=1))
-    assert audited["total"] == pytest.approx(audited["allocator"], rel=0.02)
+@pytest.mark.quick
+def test_a_recomputed_module_records_in_backward_alone():
+    recorded = []
+
+    class Square(Module):
+        def __call__(self, x):
+            recorded.append(is_recording())
+            return x * x
+
+    x = Tensor(np.ones(2), requires_grad=True)
+    y = recompute(Square(), x)
+    assert recorded == [False]
+    backward(y.sum())
+    assert recorded == [False, True]
+    np.testing.assert_array_equal(x.grad, [2.0, 2.0])
 
 
 @pytest.mark.quick
-def test_a_second_backward_is_an_error_where_blocks_are_recomputed_too():
-    gpt = made("lora").recompute()
-    loss = gpt.loss(random_ids(2, 5), random_ids(2, 5, seed=1))
-    backward(loss)
-    with pytest.raises(RuntimeError, match="run the forward pass again"):
-        backward(loss)
+def test_sampling_records_nothing_and_is_the_same_where_blocks_are_recomputed():
+    recorded = []
 
+    class Watched(GPT):
+        def __call__(self, ids, **options):
+            recorded.append(is_recording())
+            return super().__call__(ids, **options)
 
-def test_finite_differences_where_blocks_are_recomputed():
-    gpt = lively(GPTConfig(7, 6, 8, 1, 2)).recompute()
-    report = check_model(gpt, random_ids(2, 4), random_ids(2, 4, seed=1))
-    assert {row.array for row in report.rows} == set(gpt.trainable())
-    assert report, report
-
-
-@pytest.mark.quick
-def test_sampling_is_the_same_where_blocks_are_recomputed():
-    gpt, ids = lively(), random_ids(2, 2)
+    gpt, ids = Watched(TINY), random_ids(2, 2)
     expected = gpt.generate(ids, 9, rng=1)
     np.testing.assert_array_equal(gpt.recompute().generate(ids, 9, rng=1), expected)
+    assert set(recorded) == {False}

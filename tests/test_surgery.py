@@ -6,6 +6,7 @@ from steps import training_step
 
 from minilora import GPT, AdamW, GPTConfig, InputError, Tensor, adapt, count_parameters, methods
 from minilora.backend import to_host
+from minilora.engine import nodes_of
 from minilora.nn import Linear, Module
 from minilora.surgery import adapted_layers, host
 from minilora.targets import match_targets
@@ -13,8 +14,8 @@ from minilora.targets import match_targets
 pytestmark = pytest.mark.quick
 
 
-def tiny_model(dtype=np.float32):
-    return GPT(GPTConfig(vocab_size=17, n_positions=8, n_embd=16, n_layer=2, n_head=2), dtype=dtype)
+def tiny_model():
+    return GPT(GPTConfig(vocab_size=17, n_positions=8, n_embd=16, n_layer=2, n_head=2))
 
 
 def test_all_linear_matches_the_six_of_each_block_and_prints_the_count(capsys):
@@ -34,10 +35,9 @@ def test_all_linear_matches_the_six_of_each_block_and_prints_the_count(capsys):
 @pytest.mark.parametrize(
     ("target", "matched"),
     [
-        (["q", "v"], ["blocks.0.q", "blocks.0.v", "blocks.1.q", "blocks.1.v"]),
+        (("v", "q"), ["blocks.0.q", "blocks.0.v", "blocks.1.q", "blocks.1.v"]),
         (["blocks.1.up"], ["blocks.1.up"]),
         (r"blocks\.0\.(q|down)", ["blocks.0.q", "blocks.0.down"]),
-        (("v", "q"), ["blocks.0.q", "blocks.0.v", "blocks.1.q", "blocks.1.v"]),
     ],
 )
 def test_target_modules_by_name_path_and_expression(target, matched):
@@ -48,17 +48,13 @@ def test_a_name_matches_whole_parts_of_a_path_only():
     assert match_targets(["a.up", "a.warmup"], ["up"]) == ["a.up"]
 
 
-def ranks(model):
-    return {path: (layer.method.r, layer.method.alpha) for path, layer in adapted_layers(model).items()}
-
-
 def test_some_layers_may_have_a_rank_and_an_alpha_of_their_own():
     """PEFT's rule: a key is an expression for a path or for its end behind a dot, and the first that fits counts."""
     model = adapt(
         tiny_model(), "lora", ["q", "up", "down"], verbose=False, r=2,
         rank_pattern={"blocks.1.q": 5, "q": 3}, alpha_pattern={r"blocks\.0\..*": 4.0},
     )  # fmt: skip
-    assert ranks(model) == {
+    assert {path: (layer.method.r, layer.method.alpha) for path, layer in adapted_layers(model).items()} == {
         "blocks.0.q": (3, 4.0), "blocks.0.up": (2, 4.0), "blocks.0.down": (2, 4.0),
         "blocks.1.q": (5, 16.0), "blocks.1.up": (2, 16.0), "blocks.1.down": (2, 16.0),
     }  # fmt: skip
@@ -75,8 +71,6 @@ def test_a_part_of_a_shared_array_is_what_the_layer_sees():
     assert model.shared.B.shape == (2 * d, 3) and model.shared.A.shape == (3, d)
     assert (to_host(q.p.B[:d]) == to_host(model.shared.B.data[:d])).all()
     assert (to_host(k.p.B) == to_host(model.shared.B.data[d:])).all() and k.p.B.shape == (d, 3)
-    wide = np.concatenate([to_host(layer.method.scaled(layer.base.W.data, layer.p)) for layer in (q, k)])
-    assert wide.shape == (2 * d, 3)
     assert "shared.B" in dict(model.named_parameters()) and not hasattr(k.arrays, "B")
 
 
@@ -84,25 +78,20 @@ BAD = {
     "unknown method": (("lorra",), {}, r'unknown method "lorra" \(did you mean "lora"\?\)'),
     "unknown option": (("lora",), {"rank": 4}, r'lora has no option "rank".*r, alpha'),
     "option of another method": (("full",), {"r": 4}, r'full has no option "r"; its options: none'),
-    "target that matches nothing": (
-        ("lora", ["q", "qq"]),
-        {},
-        r'no linear layer is named "qq"; there are down, k, o, q, up, v',
-    ),
+    "target without a layer": (("lora", ["q", "qq"]), {}, 'is named "qq"; there are down, k, o, q, up, v'),
     "expression that matches nothing": (("lora", r"layers\..*"), {}, "matches no path"),
-    "broken expression": (("lora", "q("), {}, "not a regular expression"),
     "no target": (("lora", []), {}, "nothing is selected"),
     "rank 0": (("lora",), {"r": 0}, "r is 0; the rank must be an integer of at least 1"),
-    "fractional rank": (("lora",), {"r": 2.5}, "r is 2.5"),
     "rank above the layer": (("lora",), {"r": 17}, r"r=17 is larger than blocks.0.q allows, \(16, 16\): at most 16"),
     "alpha nan": (("lora",), {"alpha": float("nan")}, "alpha is nan; it must be a finite number above 0"),
-    "alpha infinite": (("lora",), {"alpha": float("inf")}, "alpha is inf"),
     "alpha 0": (("lora",), {"alpha": 0.0}, "alpha is 0"),
-    "alpha negative": (("lora",), {"alpha": -1}, "alpha is -1"),
     "alpha text": (("lora",), {"alpha": "16"}, "alpha is '16'"),
-    "pattern that matches nothing": (("lora",), {"rank_pattern": {"x": 2}}, r'r: the pattern "x" matches no adapted'),
+    "pattern that matches nothing": (
+        ("lora",),
+        {"rank_pattern": {"x": 2}},
+        'r: the pattern "x" matches no adapted layer',
+    ),
     "pattern that is broken": (("lora",), {"alpha_pattern": {"q(": 2.0}}, r'the pattern "q\(" is not a regular expres'),
-    "rank 0 by a pattern": (("lora",), {"rank_pattern": {"q": 0}}, "r is 0; the rank must be an integer"),
     "rank of one layer above it": (("lora",), {"rank_pattern": {"1.q": 17}}, r"r=17 is larger than blocks.1.q allows"),
     "pattern for shared arrays": (("vera",), {"rank_pattern": {"q": 2}}, "vera: its layers cannot have an r of their"),
     "pattern without the option": (("full",), {"alpha_pattern": {"q": 2.0}}, "full: its layers cannot have an alpha"),
@@ -119,13 +108,10 @@ def test_bad_input_gets_one_clear_error_and_changes_nothing(args, options, messa
     assert all(p.requires_grad for p in before.values())
 
 
-def test_a_second_adapt_is_refused():
+def test_a_second_adapt_and_a_model_without_linear_layers_are_refused():
     model = adapt(tiny_model(), "lora", verbose=False, r=2)
     with pytest.raises(InputError, match="adapted already"):
         adapt(model, "full", verbose=False)
-
-
-def test_a_model_without_linear_layers():
     with pytest.raises(InputError, match="nothing is selected"):
         adapt(Module(), "lora", verbose=False)
 
@@ -137,22 +123,15 @@ def test_wrong_shape_dtype_and_rank_of_x_are_named():
             layer(Tensor(x))
 
 
-def test_only_the_adapter_receives_gradients():
-    model = adapt(tiny_model(), "lora", ["q"], verbose=False, r=2)
-    ids = np.arange(6).reshape(2, 3)
-    training_step(model, AdamW(model.trainable(), 1e-3), ids, ids)
-    assert all(p.grad is None for n, p in model.named_parameters() if ".arrays." not in n)
-    assert set(model.trainable()) == {f"blocks.{i}.q.arrays.{a}" for i in range(2) for a in "AB"}
-
-
-def test_nothing_below_the_first_adapter_is_recorded():
+def test_only_the_adapter_receives_gradients_and_nothing_below_it_is_recorded():
     """Only block 1 is adapted, so block 0 needs no backward and keeps nothing."""
-    from minilora.engine import nodes_of
-
     model = adapt(tiny_model(), "lora", ["blocks.1.o"], verbose=False, r=2)
     ids = np.arange(6).reshape(2, 3)
     names = [node.name for node in nodes_of(model.loss(ids, ids))]
     assert names.count("attention") == 0 and names.count("gelu") == 1 and names.count("lora") == 1
+    training_step(model, AdamW(model.trainable(), 1e-3), ids, ids)
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == set(model.trainable())
+    assert set(model.trainable()) == {f"blocks.1.o.arrays.{a}" for a in "AB"}
 
 
 def test_registry_skips_underscores_and_wants_one_class(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import numpy as np
 from shapes import ALPHA, SIZES, TARGETS, R
 
 import minilora
-from minilora.tools.devices import cpu_name
 
 from .settings import IDLE_RATE, METHODS
 from .side import Timed
@@ -52,7 +51,9 @@ class Model(Timed):
             self.batch = arrays["ids"], arrays["targets"]
         self.gpt.to(device)
         self.adapt(self.gpt, method)  # draws the matrices that ``path`` has for PyTorch: they come from a seed
-        self.optimizer = minilora.AdamW(self.gpt.trainable(), METHODS[method][-1], eps=1e-8, weight_decay=0.0)
+        self.optimizer = minilora.AdamW(
+            self.gpt.trainable(), METHODS.get(method, (3e-3,))[-1], eps=1e-8, weight_decay=0.0
+        )
         self.options, self.history = options, None
         if device == "cuda":
             import cupy
@@ -90,14 +91,19 @@ class Model(Timed):
         """Bytes that one forward pass keeps for backward."""
         return minilora.kept_bytes(self.gpt.loss(*self.batch), self.gpt)
 
+    def where(self):
+        return str(Path(minilora.__file__).resolve().parent)
+
     def facts(self):
+        from minilora.tools.devices import cpu_name
+
         versions = {
             "CPU": cpu_name(),
             "Python": platform.python_version(),
             "NumPy": np.__version__,
             "minilora": minilora.__version__,
         }
-        return versions | {"NumPy's BLAS": self.blas(), "minilora is": str(Path(minilora.__file__).parent)}
+        return versions | {"NumPy's BLAS": self.blas(), "minilora is": self.where()}
 
     def gpu(self):
         """What ``minilora devices`` says of the GPU; ``reason`` where there is none."""

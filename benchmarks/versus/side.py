@@ -9,11 +9,13 @@ import importlib
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+PAUSE = 0.05  # seconds before a turn: idle threads of the other side spin for some 30 ms before they sleep
 # Read when NumPy and PyTorch are imported, hence set before the process starts.
 THREAD_VARIABLES = ("OMP", "OPENBLAS", "MKL", "BLIS")
 
@@ -72,6 +74,26 @@ class Side:
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
+
+
+def in_turns(sides, rounds, **question):
+    """The median ms of every turn, side by side: one turn each, ``rounds`` times."""
+    turns = {label: [] for label in sides}
+    for _ in range(rounds):
+        for label, side in sides.items():
+            time.sleep(PAUSE)
+            turns[label].append(statistics.median(side.ask("turn", **question)))
+    return turns
+
+
+def medians(turns):
+    return {label: statistics.median(ms) for label, ms in turns.items()}
+
+
+def ratio(ours, theirs):
+    """Quartiles, over the rounds, of our time by theirs in the same round."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
 
 
 def serve(module):
@@ -141,6 +163,10 @@ class Timed:
         """The most memory that this process has had resident, in MB, or None where the system does not say."""
         most = peak_bytes()
         return None if most is None else most / 1e6
+
+    def cpu(self):
+        """The seconds of processor time that this process has used."""
+        return time.process_time()
 
     def blas(self):
         """NumPy's BLAS: name, version and threads."""

@@ -74,10 +74,10 @@ class Kept:
 class Model(Timed):
     """The adapted GPT with its optimizer: eager with the fastest of PyTorch's AdamW loops, or compiled with fused."""
 
-    def build(self, size, method, path, adamw=None, compiled=False, device="cpu", tf32=False):
+    def build(self, size, method, path, adamw=None, compiled=False, device="cpu"):
         """The adapted model with the arrays of ``path``; ``adamw`` None tries which loop is fastest.
 
-        ``compiled``: True, or a mode of torch.compile; ``tf32``: let a GPU round the inputs of float32 products.
+        ``compiled``: True, or a mode of torch.compile.
         """
         self.size, self.method = size, method
         net, last = GPT(*SIZES[size][:-1]), {"weight": ("W", "g"), "bias": ("b",)}
@@ -102,7 +102,7 @@ class Model(Timed):
         self.net = net.to(device)
         self.ids, self.targets = self.ids.to(device), self.targets.to(device)
         if device == "cuda":
-            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+            torch.set_float32_matmul_precision("highest")
             self.pool = torch.cuda.max_memory_reserved
         self.call = torch.compile(net, mode=None if compiled is True else compiled) if compiled else net
         self.adamw = "fused" if compiled else adamw or self.fastest_adamw()

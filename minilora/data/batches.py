@@ -53,10 +53,8 @@ def _windows(ids, batch: int, context: int) -> np.ndarray:
     if ids.ndim != 1:
         raise InputError(f"ids must be one row of token ids, not of shape {ids.shape}")
     if len(ids) < context + 1:
-        raise InputError(
-            f"{len(ids)} tokens are too few for a context of {context}, which needs at least {context + 1}; "
-            "give a longer text or a shorter context"
-        )
+        least = f"a context of {context}, which needs at least {context + 1}"
+        raise InputError(f"{len(ids)} tokens are too few for {least}; give a longer text or a shorter context")
     if not np.issubdtype(ids.dtype, np.integer):
         raise InputError(f"ids must be whole numbers, not {ids.dtype}")
     return np.lib.stride_tricks.sliding_window_view(ids.astype(np.int64), context + 1)

@@ -114,9 +114,8 @@ def read_text_file(path, replace: str | None = None) -> str:
     plain = {char: _plain(char) for char in set(text) - set(ALPHABET)}
     unknown = sorted((char for char in plain if plain[char] is None), key=text.index)
     if unknown and replace is None:
-        named = ", ".join(
-            f"{c!r} (U+{ord(c):04X}, line {text.count(chr(10), 0, text.index(c)) + 1})" for c in unknown[:5]
-        )
+        lines = [text.count("\n", 0, text.index(char)) + 1 for char in unknown[:5]]
+        named = ", ".join(f"{c!r} (U+{ord(c):04X}, line {line})" for c, line in zip(unknown, lines, strict=False))
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise InputError(
             f"{path} has characters outside the tokenizer's alphabet: {named}{more}; "

@@ -38,9 +38,8 @@ class CharTokenizer:
         Raises InputError naming the first character outside the alphabet and its position, counted from 0.
         """
         ids = self._table[np.minimum(_code_points(text), len(self._table) - 1)]
-        unknown = np.flatnonzero(ids < 0)
-        if unknown.size:
-            at = int(unknown[0])
+        if (ids < 0).any():
+            at = int((ids < 0).argmax())
             raise InputError(
                 f"character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} is not among the tokenizer's "
                 f"{self.vocab_size} characters; read_text_file() maps or replaces such characters"

@@ -7,9 +7,7 @@ steps through the method's file as before.
 """
 
 import ast
-import copy
-import inspect
-import textwrap
+import linecache
 from collections import Counter
 from functools import cache
 from types import CodeType, FunctionType
@@ -43,30 +41,43 @@ def host(layer, x):
 @cache
 def rewritten(function, unneeded=None):
     """``function`` with faster products, without the line for ``unneeded``; itself where it cannot be rewritten."""
+    code = getattr(function, "__code__", None)
+    if code is None or function.__closure__:
+        return function  # no function of Python's, or one that stands on more than its text
+    source = "".join(linecache.getlines(code.co_filename))
     try:
-        lines, first = inspect.getsourcelines(function)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-        ast.increment_lineno(tree, first - 1)
-        file = inspect.getsourcefile(function)
-        same = code_of(copy.deepcopy(tree), file).co_code == function.__code__.co_code
-    except (OSError, TypeError, SyntaxError, AttributeError):  # no source, or no function of Python
+        tree, original = ast.parse(source), code_of(ast.parse(source), code)
+    except SyntaxError:
         return function
-    if not same or function.__closure__ or not isinstance(tree.body[0], ast.FunctionDef):
-        return function  # the file has changed since, or the code stands on more than its text
-    definition = Products(tree.body[0]).visit(tree).body[0]
+    definition = definition_of(tree, code)
+    if definition is None or original is None or original.co_code != code.co_code:
+        return function  # the file has changed since, or there is none
+    Products(definition).visit(definition)
     if unneeded is not None:
         leave_out(definition, unneeded)
     defaults = {"product_": product, "chain_": chain}
     definition.args.kwonlyargs += [ast.arg(name) for name in defaults]
     definition.args.kw_defaults += [None] * len(defaults)
-    fast = FunctionType(code_of(ast.fix_missing_locations(tree), file), function.__globals__, function.__name__)
+    fast = FunctionType(code_of(ast.fix_missing_locations(tree), code), function.__globals__, function.__name__)
     fast.__defaults__, fast.__kwdefaults__ = function.__defaults__, {**(function.__kwdefaults__ or {}), **defaults}
     return fast
 
 
-def code_of(tree, file) -> CodeType:
-    """The code of the one function in ``tree``."""
-    return next(c for c in compile(tree, file, "exec").co_consts if isinstance(c, CodeType))
+def definition_of(tree, code: CodeType):
+    """The definition in a file's ``tree`` that ``code`` was compiled from."""
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == code.co_name]
+    return next((node for node in found if node.lineno == code.co_firstlineno), None)
+
+
+def code_of(tree, code: CodeType):
+    """The code of the same function after compiling the whole file anew: names that it imports count."""
+    todo = [compile(tree, code.co_filename, "exec")]
+    while todo:
+        other = todo.pop()
+        if (other.co_name, other.co_firstlineno) == (code.co_name, code.co_firstlineno):
+            return other
+        todo += [constant for constant in other.co_consts if isinstance(constant, CodeType)]
+    return None
 
 
 class Products(ast.NodeTransformer):

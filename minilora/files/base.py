@@ -12,7 +12,6 @@ from ..backend import array_module, to_device, to_host
 from ..errors import InputError, shown
 from ..gpt import GPT, GPTConfig
 from ..surgery import adapted_layers
-from .errors import FormatError
 from .tensorfile import DIGEST, TensorFile, described, read_arrays, require, write_tensors
 
 MODEL, FORMAT, TRAINING = "minilora model 1", "minilora adapter 2", "minilora training 1"
@@ -36,10 +35,11 @@ def load_model(path) -> GPT:
     if file.metadata.get("format") != MODEL:
         file.fail(f"is no model of the format {shown(MODEL)}; minilora pretrain and save_model() write one")
     require(file, "model", "config", DIGEST)
+    found = described(file, "config")
     try:
-        config = GPTConfig(**described(file, "config"))
+        config = GPTConfig(**found)
     except (InputError, TypeError) as error:
-        raise error if isinstance(error, FormatError) else file.error(file.path, f"no usable config: {error}") from None
+        file.fail(f"no usable config: {error}")
     if config.n_layer > len(file.tensors):  # before a list of its layers is made
         file.fail(f"its config has {config.n_layer:,} layers, and the file {len(file.tensors)} tensors")
     shapes = model_shapes(config)

@@ -24,10 +24,9 @@ SERIES = ("loss", "lr", "grad_norm", "seconds")  # the lists of train.History
 def adapter_arrays(model: GPT) -> dict:
     """The Parameters that make the adapter, by path: all that is not the base's, and W where the method moves it."""
     layers = adapted_layers(model)
-    base = {f"{path}.base.{name}" for path in layers for name in ("W", "b")}
+    inside = ("shared.", *(f"{path}.arrays." for path in layers))
     moved = {f"{path}.base.W" for path, layer in layers.items() if layer.method.updates_base}
-    inside = (*(f"{path}." for path in layers), "shared.")
-    return {n: p for n, p in model.named_parameters() if n.startswith(inside) and n not in base - moved}
+    return {n: p for n, p in model.named_parameters() if n.startswith(inside) or n in moved}
 
 
 def adapter_metadata(model: GPT, base_fingerprint: str) -> dict:
@@ -35,14 +34,14 @@ def adapter_metadata(model: GPT, base_fingerprint: str) -> dict:
     layers = adapted_layers(model)
     if not layers:
         raise InputError("save_adapter: this model has no adapter; call adapt() first")
-    layers_described = {path: {"options": asdict(layer.method)} for path, layer in layers.items()}
+    entries = {path: {"options": asdict(layer.method)} for path, layer in layers.items()}
     for path, layer in layers.items():
         if layer.part:
-            layers_described[path]["part"] = {name: [rows.start, rows.stop] for name, rows in layer.part.items()}
+            entries[path]["part"] = {name: [rows.start, rows.stop] for name, rows in layer.part.items()}
     return {
         "format": FORMAT,
         "method": next(iter(layers.values())).method.name,
-        "layers": json.dumps(layers_described),
+        "layers": json.dumps(entries),
         "base": base_fingerprint,
     }
 
@@ -179,7 +178,10 @@ def load_training(file: TensorFile, model: GPT, make_optimizer, history, rng):
         file.fail(f"is not the {steps} steps that were taken", "optimizer.t")
     if (arrays["optimizer.v"] < 0.0).any():
         file.fail("holds squares below 0", "optimizer.v")
-    restore_random(file, rng)
+    try:
+        rng.bit_generator.state = described(file, "random")  # NumPy takes a state whole or not at all
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        file.fail(f"the state of the random generator cannot be used ({error!r})")
     put_adapter(model, chosen, parts, arrays)
     optimizer = make_optimizer(model.trainable())
     optimizer.restore({name: arrays[f"optimizer.{name}"] for name in optimizer.state()})
@@ -187,14 +189,6 @@ def load_training(file: TensorFile, model: GPT, make_optimizer, history, rng):
     for name in SERIES:
         getattr(history, name)[:] = arrays[f"history.{name}"].tolist()
     return optimizer
-
-
-def restore_random(file: TensorFile, rng) -> None:
-    """Put ``rng`` where it was; NumPy takes a state whole or not at all."""
-    try:
-        rng.bit_generator.state = described(file, "random")
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
-        file.fail(f"the state of the random generator cannot be used ({error!r})")
 
 
 def put_adapter(model: GPT, chosen: dict, parts: dict, arrays: dict) -> None:

@@ -33,15 +33,10 @@ def is_expression(text: str) -> bool:
     depth = 0
     for token in TOKEN.finditer(text):
         depth += bool(token["open"]) - bool(token["close"])
-        if not 0 <= depth <= DEPTH or (token["one"] and not compiles(token[0])):
+        if depth > DEPTH:
             return False
-    return depth == 0
-
-
-def compiles(piece: str) -> bool:
-    """Does Python read the piece too? It does not read [z-a] and {2,1}."""
     try:
-        re.compile(piece)
+        re.compile(text)  # Python reads neither [z-a] nor {2,1}, nor brackets that are not pairs
     except re.error:
         return False
     return True
@@ -81,20 +76,13 @@ def limits(times: str | None) -> tuple[int, int | None]:
 
 def after(one: str, low: int, high: int | None, name: str, starts: set) -> set:
     """The positions behind ``low`` to ``high`` characters that are ``one``."""
-    here = starts
-    for _ in range(low):
-        here = one_on(one, name, here)
-    ends = here
-    for _ in range(len(name) if high is None else high - low):
-        here = one_on(one, name, here) - ends
-        if not here:
-            break
-        ends = ends | here
+    ends, here = set(), starts
+    for count in range(1 + (len(name) if high is None else high)):
+        if count >= low:
+            here = here - ends
+            ends |= here
+        here = {i + 1 for i in here if i < len(name) and is_one(one, name[i])}
     return ends
-
-
-def one_on(one: str, name: str, starts: set) -> set:
-    return {i + 1 for i in starts if i < len(name) and is_one(one, name[i])}
 
 
 @lru_cache(4096)

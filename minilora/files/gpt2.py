@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from ..backend import array_module, to_device, to_host
+from ..backend import array_module, to_device
 from ..errors import InputError
 from ..gpt import GPT, GPTConfig
 from ..surgery import adapted_layers
+from .base import host_arrays
 from .errors import FormatError, shown_json
+from .peft_config import is_one_of
 from .saving import writable_folder, write_together
-from .tensorfile import TensorFile, parse_json, read_arrays, read_bytes, tensor_bytes
+from .tensorfile import TensorFile, parse_json, read_arrays, read_bytes, refuse_pickle, tensor_bytes
 
 CONFIG, WEIGHTS, INDEX, PICKLE = "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 CONFIG_BYTES, INDEX_BYTES = 1 << 20, 1 << 22  # caps on what is read
@@ -84,24 +86,16 @@ def load_gpt2(folder) -> GPT:
     expected = divide(files, shapes)
     for file, own in zip(files, expected, strict=True):
         file.check(own)
-    model = GPT(config)
-    found = {}
+    model, found, arrays = GPT(config), {}, {}
     for file, own in zip(files, expected, strict=True):
         found |= read_arrays(file, model, own)
     if HEAD in found and not np.array_equal(found[HEAD], found[embedding]):
         files[0].fail("differs from wte.weight; gpt.py ties the two", HEAD)
-    put_arrays(model, layout, found)
-    return model
-
-
-def put_arrays(model: GPT, layout: dict, found: dict) -> None:
-    """Put transformers' arrays ``found`` into ``model``, as tensors() says."""
-    arrays = {}
     for name, (_, ours) in layout.items():
-        parts = np.split(turned(ours, found[name]), len(ours))
-        arrays |= dict(zip(ours, parts, strict=True))
+        arrays |= dict(zip(ours, np.split(turned(ours, found[name]), len(ours)), strict=True))
     for name, p in model.named_parameters():
         p.data = to_device(np.array(arrays[name], order="C"), array_module(p.data))
+    return model
 
 
 def turned(ours, array):
@@ -122,7 +116,7 @@ def read_config(folder: Path) -> GPTConfig:
         raise FormatError(path, "the configuration is not a map")
     for key, supported in SUPPORTED.items():
         value = found.get(key, supported[0])
-        if not any(type(value) is type(good) and value == good for good in supported):  # 1 is not true
+        if not is_one_of(value, supported):
             names = " or ".join(map(json.dumps, supported))
             raise FormatError(path, f"{key} is {shown_json(value)}; supported: {names}")
     sizes = {key: found.get(key, default) for key, default in SIZES.items()}
@@ -139,15 +133,10 @@ def read_config(folder: Path) -> GPTConfig:
 
 def open_weights(folder: Path, unread) -> list[TensorFile]:
     """The safetensors files of a folder, their headers checked: one, or those that an index names."""
-    if (folder / WEIGHTS).exists() or not ((folder / INDEX).exists() or (folder / PICKLE).exists()):
-        return [TensorFile(folder / WEIGHTS, "a safetensors file of weights", unread=unread)]
-    if not (folder / INDEX).exists():
-        raise FormatError(
-            folder / PICKLE,
-            "is a pickle, which can run any code when it is read; if you trust it, load it with transformers, whose "
-            "save_pretrained() writes model.safetensors",
-        )
     path = folder / INDEX
+    if (folder / WEIGHTS).exists() or not path.exists():
+        refuse_pickle(folder / PICKLE, folder / WEIGHTS, "transformers", FormatError)
+        return [TensorFile(folder / WEIGHTS, "a safetensors file of weights", unread=unread)]
     index = parse_json(read_bytes(path, INDEX_BYTES, "an index of weights"), path, "index")
     shards = index.get("weight_map") if isinstance(index, dict) else None
     names = shards.values() if isinstance(shards, dict) and shards else [None]
@@ -174,7 +163,7 @@ def save_gpt2(folder, model: GPT) -> None:
         raise InputError(
             "save_gpt2: this model has adapters; call merge_and_unload(model) first, or use save_peft(…, form='merged')"
         )
-    write_gpt2(folder, model.config, {name: to_host(p.data) for name, p in model.named_parameters()})
+    write_gpt2(folder, model.config, host_arrays(dict(model.named_parameters())))
 
 
 def write_gpt2(folder, config: GPTConfig, arrays: dict) -> dict:

@@ -26,7 +26,7 @@ from .gpt2 import write_gpt2
 from .peft_config import CONFIG_BYTES, choices, endings, is_targeted, kinds, read_config, value_for
 from .peft_parts import SHARED, axes_of, fuse, own_part, product_part, rows_in_module, with_scaling
 from .saving import writable_folder, write_together
-from .tensorfile import TensorFile, read_arrays, read_bytes, tensor_bytes
+from .tensorfile import TensorFile, read_arrays, read_bytes, refuse_pickle, tensor_bytes
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FORMS, NAMES = ("adapter", "lora", "merged"), ("gpt2", "minilora")
@@ -55,23 +55,27 @@ def save_peft(folder, model, form="adapter", names="gpt2", base=None, save_proje
     layout = {module: paths for module, paths in everything.items() if any(path in layers for path in paths)}
     method, known = next(iter(layers.values())).method, kinds()
     if form == "lora" or method.updates_base or not method.peft:
-        kind = plain_product(known)
+        # LoRA, found as the method that is a product and needs no further key in PEFT's configuration
+        kind = next(one for own in known.values() for one in own if one.is_product and len(one.peft) == 1)
         parts = {path: product_part(path, layer, kind) for path, layer in layers.items()}
     else:
-        kind = read_as(type(method), known)
+        readers = known.get(method.peft["peft_type"], [])  # none, if files of this method are not read here
+        kind = next((reader for reader in readers if reader.peft == method.peft), type(method))
         parts = {path: own_part(layer, kind) for path, layer in layers.items()}
-    fused = {
-        module: fuse(module, {path: parts.get(path) for path in paths}, weights) for module, paths in layout.items()
-    }
-    config, arrays = settings(fused, known), {}
-    for module, part in fused.items():
-        arrays |= {tensor_name(kind, name, module): array for name, array in part.arrays.items()}
+    fused, arrays = {}, {}
+    for module, paths in layout.items():
+        fused[module] = fuse(module, {path: parts.get(path) for path in paths}, weights)
+        arrays |= {tensor_name(kind, name, module): array for name, array in fused[module].arrays.items()}
+    config = settings(fused, known)
     if kind.peft_shared_key:
         config[kind.peft_shared_key] = save_projection
     if save_projection or not kind.peft_shared_key:
         arrays |= {tensor_name(kind, name): shared_array(model, name) for name in axes_of(kind, shared=True)}
     else:
-        check_drawn(model, method, module_sizes(layout, weights))
+        for name, drawn in draw_shared(method, module_sizes(layout, weights)).items():
+            array = shared_array(model, name)
+            if not np.array_equal(array, drawn.astype(array.dtype)):
+                raise InputError(f"save_peft: {name} is not what the key draws; leave save_projection at True")
     config |= {
         "auto_mapping": None,
         "base_model_name_or_path": base,
@@ -141,26 +145,8 @@ def tensor_name(kind, array, module="") -> str:
     return theirs if theirs.startswith(SHARED) else f"{ROOT}{module}.{theirs}"
 
 
-def plain_product(known: dict) -> type:
-    """LoRA, found as the method that is a product and needs no further key in PEFT's configuration."""
-    return next(kind for own in known.values() for kind in own if kind.is_product and len(kind.peft) == 1)
-
-
-def read_as(kind: type, known: dict) -> type:
-    """The method as which a file of the method ``kind`` is read; itself, if its files are not read here."""
-    return next((reader for reader in known.get(kind.peft["peft_type"], []) if reader.peft == kind.peft), kind)
-
-
 def shared_array(model, name) -> np.ndarray:
     return to_host(vars(model.shared)[name].data)
-
-
-def check_drawn(model, method, sizes: dict) -> None:
-    """Raises InputError if the model's shared arrays are not those that the method's key draws."""
-    for name, drawn in draw_shared(method, sizes).items():
-        array = shared_array(model, name)
-        if not np.array_equal(array, drawn.astype(array.dtype)):
-            raise InputError(f"save_peft: {name} is not what the key draws; leave save_projection at True")
 
 
 def draw_shared(method, sizes: dict) -> dict:
@@ -180,9 +166,8 @@ def settings(parts: dict, known: dict) -> dict:
     """The method's keys of the configuration, from the modules' ``parts``."""
     kind = type(next(iter(parts.values())).method)
     config = {key: value for key, value in kind.peft_ignored.items() if value is not None}
-    for key, values in choices([kind, *known.get(kind.peft["peft_type"], [])]).items():
-        config[key] = values[0]
-    config |= kind.peft
+    usual_values = choices([kind, *known.get(kind.peft["peft_type"], [])])
+    config |= {key: values[0] for key, values in usual_values.items()} | kind.peft
     for option, key in kind.peft_names.items():
         config[key], others = usual({module: number(getattr(part.method, option)) for module, part in parts.items()})
         if option in kind.peft_patterns:
@@ -211,12 +196,9 @@ def usual(values: dict) -> tuple:
 def short_names(chosen, among) -> list[str]:
     """The shortest endings, from a dot on, that name the modules ``chosen`` and no other ``among`` them."""
     chosen = set(chosen)
-    foreign = {ending for module in among if module not in chosen for ending in endings(module)}
-    found = {}
-    for module in among:
-        if module in chosen:
-            found[next((ending for ending in endings(module) if ending not in foreign), module)] = None
-    return list(found)
+    foreign = {ending for module in set(among) - chosen for ending in endings(module)}
+    found = [next((e for e in endings(module) if e not in foreign), module) for module in among if module in chosen]
+    return list(dict.fromkeys(found))
 
 
 # ----------------------------------------------------------------------------------------------------- what PEFT writes
@@ -234,7 +216,8 @@ def load_peft(folder, model):
     text = read_bytes(folder / CONFIG, CONFIG_BYTES, "the adapter_config.json of PEFT", AdapterFormatError)
     known = kinds()
     config = read_config(folder / CONFIG, text, known)
-    file = open_tensors(folder)
+    refuse_pickle(folder / PICKLE, folder / TENSORS, "PEFT", AdapterFormatError)
+    file = TensorFile(folder / TENSORS, "the adapter_model.safetensors of PEFT", AdapterFormatError)
     digest = hashlib.sha256(text).hexdigest()
     if file.metadata.get(CONFIG_DIGEST, digest) != digest:
         file.fail(f"was written with a different {CONFIG} than the one next to it; one of the two was replaced")
@@ -259,16 +242,6 @@ def load_peft(folder, model):
         if name in arrays:
             p.data = to_device(arrays[name], array_module(p.data))
     return model
-
-
-def open_tensors(folder: Path) -> TensorFile:
-    if (folder / PICKLE).exists() and not (folder / TENSORS).exists():
-        raise AdapterFormatError(
-            folder / PICKLE,
-            "is a pickle, which can run any code when it is read; if you trust it, load it with PEFT, whose "
-            f"save_pretrained() writes {TENSORS}",
-        )
-    return TensorFile(folder / TENSORS, "the adapter_model.safetensors of PEFT", AdapterFormatError)
 
 
 def kind_of(path, config, own: list[type]) -> tuple[type, type]:
@@ -345,9 +318,8 @@ def expected(file: TensorFile, methods: dict, sizes: dict, shared: bool) -> dict
         for module, own in methods.items()
         for name, axes in axes_of(kind).items()
     }
-    for_all = {
-        tensor_name(kind, name): shape_of(axes, method, widest) for name, axes in axes_of(kind, shared=True).items()
-    }
+    all_share = axes_of(kind, shared=True).items()
+    for_all = {tensor_name(kind, name): shape_of(axes, method, widest) for name, axes in all_share}
     numbers = sum(map(math.prod, for_all.values()))
     if not shared and numbers > DRAWN:
         file.fail(f"leaves {numbers:,} numbers to its key; at most {DRAWN:,} are drawn")

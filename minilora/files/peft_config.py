@@ -45,28 +45,12 @@ def is_names(value) -> bool:
     return is_text(value) or (isinstance(value, list) and all(map(is_text, value)))
 
 
-def is_none_or_names(value) -> bool:
-    return value is None or is_names(value)
-
-
 def is_layer_names(value) -> bool:
     return value is None or (is_names(value) and all(re.fullmatch(r"\w{0,100}", name) for name in as_list(value)))
 
 
-def is_flag(value) -> bool:
-    return isinstance(value, bool)
-
-
 def is_whole(value) -> bool:
     return type(value) is int and 0 <= value < 2**31
-
-
-def is_layers(value) -> bool:
-    return value is None or all(map(is_whole, as_list(value)))
-
-
-def is_rank(value) -> bool:
-    return is_whole(value) and value > 0
 
 
 def is_positive(value) -> bool:
@@ -76,16 +60,18 @@ def is_positive(value) -> bool:
 LISTED = "text or a list of texts"
 SELECTION = {  # the keys that say which modules are adapted; every kind has them
     "target_modules": Rule(LISTED, is_names),
-    "exclude_modules": Rule(f"null, {LISTED}", is_none_or_names, None),
-    "layers_to_transform": Rule("null, an integer, or a list of them", is_layers, None),
+    "exclude_modules": Rule(f"null, {LISTED}", lambda value: value is None or is_names(value), None),
+    "layers_to_transform": Rule(
+        "null, an integer, or a list of them", lambda value: all(map(is_whole, as_list(value))), None
+    ),
     "layers_pattern": Rule("null, a name of letters, digits and _, or a list of them", is_layer_names, None),
     "bias": Rule('"none": no adapter here trains a bias', lambda value: value == "none", "none"),
 }
-RANK = Rule("an integer of at least 1", is_rank)
+RANK = Rule("an integer of at least 1", lambda value: is_whole(value) and value > 0)
 OF_TYPE = {  # hyper-parameters, by the type of the field's default
     int: Rule("an integer from 0 to 2³¹ − 1", is_whole),
     float: Rule("a finite number above 0", is_positive),
-    bool: Rule("true or false", is_flag),
+    bool: Rule("true or false", lambda value: isinstance(value, bool)),
     str: Rule("text", is_text),
 }
 
@@ -124,9 +110,7 @@ def is_one_of(value, known) -> bool:
 
 def rules(own: list[type]) -> dict[str, Rule]:
     """The keys that are read in a configuration of these methods."""
-    found = dict(SELECTION)
-    for key, values in choices(own).items():
-        found[key] = chosen_from(values)
+    found = SELECTION | {key: chosen_from(values) for key, values in choices(own).items()}
     for method in own:
         if method.peft_shared_key:
             found[method.peft_shared_key] = chosen_from([True, False])
@@ -228,16 +212,10 @@ def is_named(wanted, module: str) -> bool:
 def layer_index(names, module: str) -> int | None:
     """PEFT's index of the layer that ``module`` is in: the first number after one of ``names``, or after any name."""
     patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in as_list(names)] if names else [r".*?\.[^.]*\.(\d+)\."]
-    for pattern in patterns:
-        if found := re.match(pattern, module):
-            return int(found[1])
-    return None
+    return next((int(found[1]) for pattern in patterns if (found := re.match(pattern, module))), None)
 
 
 def value_for(pattern, module: str, usual):
     """A module's value in a map {expression: value}: PEFT's rule is that the first that matches an ending counts."""
     starts = [0, *(i + 1 for i, character in enumerate(module) if character == ".")]
-    for expression, value in (pattern or {}).items():
-        if matches_whole(expression, module, starts):
-            return value
-    return usual
+    return next((value for text, value in (pattern or {}).items() if matches_whole(text, module, starts)), usual)

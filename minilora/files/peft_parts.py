@@ -24,9 +24,8 @@ class Part:
 
 def axes_of(kind: type, shared=False) -> dict[str, tuple]:
     """{array: its axes} of the arrays of a method in PEFT's file: those of each module, or those that all share."""
-    return {
-        array: axes for array, (theirs, axes) in kind.peft_arrays.items() if theirs.startswith(SHARED) == shared
-    }  # fmt: skip
+    found = kind.peft_arrays.items()
+    return {array: axes for array, (theirs, axes) in found if theirs.startswith(SHARED) == shared}
 
 
 def rows_in_module(paths, weights: dict) -> dict[str, slice]:
@@ -170,9 +169,8 @@ def check_alike(module: str, parts: dict[str, Part | None], weights: dict) -> No
         for array, axes in axes_of(kind, shared=True).items():
             own = part.rows.get(array, slice(0, len(weights[path])))
             if axes[0] == "d_out" and own != rows:
-                fail(
-                    f"takes rows {rows.start} to {rows.stop} of {array} for {path}, which has {own.start} to {own.stop}"
-                )
+                taken = f"takes rows {rows.start} to {rows.stop} of {array}"
+                fail(f"{taken} for {path}, which has {own.start} to {own.stop}")
         for array, axes in axes_of(kind).items():
             if axes[0] != "d_out" and not np.array_equal(part.arrays[array], first.arrays[array]):
                 fail(f"has one {array}, and {path} has another than {path_of_first}")

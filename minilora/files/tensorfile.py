@@ -77,6 +77,13 @@ def open_regular(path, what: str, error=FormatError):
     return os.fdopen(file, "rb")
 
 
+def refuse_pickle(path: Path, instead: Path, library: str, error) -> None:
+    """Raise ``error`` if there is a pickle at ``path`` and no file ``instead``, which ``library`` writes as well."""
+    if path.exists() and not instead.exists():
+        rule = "is a pickle, which can run any code when it is read; if you trust it, load it with"
+        raise error(path, f"{rule} {library}, whose save_pretrained() writes {instead.name}")
+
+
 class TensorFile:
     """A safetensors file that is known to be well-formed; its arrays are read later, after check().
 

@@ -26,6 +26,16 @@ ROW_KEYS = [
     *("kept_bytes", "seconds_per_step", "tokens_per_second", "steps", "seed"),
 ]
 
+COLUMNS = {  # of the table, by heading: (the row's key, what it is multiplied by, its format)
+    "trainable": ("trainable", 1, ","),
+    "%": ("trainable_percent", 1, ".2f"),
+    "loss, Folio": ("loss_b_after", 1, ".3f"),
+    "loss, modern": ("loss_a_after", 1, ".3f"),
+    "kept MiB": ("kept_bytes", 2**-20, ".1f"),
+    "ms/step": ("seconds_per_step", 1e3, ".0f"),
+    "tok/s": ("tokens_per_second", 1, ",.0f"),
+}
+
 
 def compare(settings: Comparison, out="compare", progress=None, report=print) -> dict:
     """Fine-tune with each method of ``settings``; write compare.json, .md and .png into ``out``.
@@ -88,22 +98,13 @@ def save(folder, result: dict) -> None:
 
 def table(rows) -> str:
     """The rows as a Markdown table that is aligned for a terminal as well; the first is the base model's."""
-    head = ["method", "trainable", "%", "loss, Folio", "loss, modern", "kept MiB", "ms/step", "tok/s"]
-    lines = [["before", "", "", f"{rows[0]['loss_b_before']:.3f}", f"{rows[0]['loss_a_before']:.3f}", "", "", ""]]
-    for row in rows:
-        lines.append(
-            [
-                row["method"],
-                f"{row['trainable']:,}",
-                f"{row['trainable_percent']:.2f}",
-                f"{row['loss_b_after']:.3f}",
-                f"{row['loss_a_after']:.3f}",
-                f"{row['kept_bytes'] / 2**20:.1f}",
-                f"{row['seconds_per_step'] * 1e3:.0f}",
-                f"{row['tokens_per_second']:,.0f}",
-            ]
-        )
-    return markdown(head, lines)
+    before = ["before", "", "", f"{rows[0]['loss_b_before']:.3f}", f"{rows[0]['loss_a_before']:.3f}", "", "", ""]
+    return markdown(["method", *COLUMNS], [before, *([row["method"], *cells(row)] for row in rows)])
+
+
+def cells(row) -> list[str]:
+    """What a row has in COLUMNS."""
+    return [f"{row[key] * unit:{form}}" for key, unit, form in COLUMNS.values()]
 
 
 def page(result: dict) -> str:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..plots.style import GREY, look, marker, new_figure, styled
+from ..plots.style import GREY, look, marker, name_rows, new_figure, styled, write_end
 from .results import best, curves
 from .task import GLANCE
 
@@ -95,8 +95,7 @@ def _bars(axes, names, values, title, unit, log=False):
 
     y = range(len(names))
     axes.barh(y, values, color=[look(i)["color"] for i in y], height=0.65)
-    axes.set_yticks(list(y), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)  # the first method on top
+    name_rows(axes, names)
     axes.set(title=title, xlabel=unit)
     axes.grid(axis="y", visible=False)
     if log:
@@ -105,14 +104,7 @@ def _bars(axes, names, values, title, unit, log=False):
         axes.xaxis.set(major_formatter="{x:,g}", minor_formatter=NullFormatter())
     axes.set_xlim(right=max(values) * (6 if log else 1.28))
     for i, value in enumerate(values):
-        axes.annotate(
-            f"{value:,.3g}" if value < 1000 else f"{value:,.0f}",
-            (value, i),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=10,
-        )
+        write_end(axes, value, i, f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", gap=4)
 
 
 @styled
@@ -158,20 +150,20 @@ def sweep(rows):
 
 def _sweep_panels(found) -> dict:
     """{title: {method: curve}}, by rank and alpha; None, for a method without that option, goes with every value."""
-    settings = list(dict.fromkeys(of[1:] for of in found))
+    settings = dict.fromkeys(of[1:] for of in found)
     settings = [s for s in settings if not any(s != other and _goes_with(s, other) for other in settings)]
     if len(settings) == 1:
         return {of[0]: {of[0]: curve} for of, curve in found.items()}
-    return {_title(s): {of[0]: c for of, c in found.items() if _goes_with(of[1:], s)} for s in settings}
+    panels = {}
+    for setting in settings:
+        given = zip(("r", "alpha"), setting, strict=True)
+        title = ", ".join(f"{name} = {value:g}" for name, value in given if value is not None)
+        panels[title] = {of[0]: curve for of, curve in found.items() if _goes_with(of[1:], setting)}
+    return panels
 
 
 def _goes_with(given, setting) -> bool:
     return all(value is None or value == other for value, other in zip(given, setting, strict=True))
-
-
-def _title(setting) -> str:
-    given = zip(("r", "alpha"), setting, strict=True)
-    return ", ".join(f"{name} = {value:g}" for name, value in given if value is not None)
 
 
 def _rate_curve(axes, curve, top, label=None, **style):

@@ -18,14 +18,14 @@ import numpy as np
 from ..data import CharTokenizer, fixed_batches, load_corpus, random_batches, read_text_file, split_text
 from ..errors import InputError, Interrupted, TrainingStopped
 from ..files.base import fingerprint, load_base
-from ..files.checkpoint import load_training, open_training, save_adapter, save_training, steps_taken
+from ..files.checkpoint import SERIES, load_training, open_training, save_adapter, save_training, steps_taken
 from ..files.errors import AdapterFormatError
 from ..files.saving import writable_folder, write_atomically
 from ..surgery import adapt, plan
 from ..training.history import History
 from ..training.optim import AdamW
 from ..training.trainer import evaluate, train
-from .settings import Settings, as_text
+from .settings import Settings
 from .task import PROMPT, learning_rate, side_by_side, write_sample
 
 ADAPTER, CHECKPOINT, HISTORY = "adapter.safetensors", "checkpoint.safetensors", "history.json"
@@ -68,9 +68,8 @@ def resume(out, workers=None, device=None, progress=None, report=print):
     threads = blas_threads() if settings.workers == 1 else settings.blas_threads  # workers have one each
     for name, asked in (("workers", workers), ("device", device), ("blas_threads", threads)):
         if asked not in (None, getattr(settings, name)):
-            report(
-                f"The run began with {name} {getattr(settings, name)}: with {asked} it is the same but for rounding."
-            )
+            began = f"The run began with {name} {getattr(settings, name)}"
+            report(f"{began}: with {asked} it is the same but for rounding.")
             settings = replace(settings, **{name: asked})
     return run(settings, Path(out), file, False, progress, report)
 
@@ -84,8 +83,7 @@ def run(settings: Settings, folder: Path, file, overwrite, progress, report):
     model = load_base(settings.base, tokenizer.vocab_size)
     plan(model, method, settings.targets)
     mark = fingerprint(model)
-    model.recompute(settings.recompute)
-    model.to(settings.device)
+    model.recompute(settings.recompute).to(settings.device)
     context, rng, history = model.config.n_positions, np.random.default_rng(settings.seed), History()
     batches = random_batches(tokenizer.encode(corpus.train), settings.batch, context, rng)
     held_out = fixed_batches(tokenizer.encode(corpus.val), 32, context, limit=128)
@@ -103,7 +101,8 @@ def run(settings: Settings, folder: Path, file, overwrite, progress, report):
     else:
         optimizer = load_training(file, model, lambda params: make_optimizer(settings, params), history, rng)
         report(f"{method.name}: resuming after step {len(history.loss)} of {settings.steps}")
-    write_atomically(folder / SETTINGS, as_text(settings).encode())
+    text = json.dumps(asdict(settings), indent=2, ensure_ascii=False) + "\n"
+    write_atomically(folder / SETTINGS, text.encode())
 
     def save():
         save_training(folder / CHECKPOINT, model, mark, optimizer, history, rng, asdict(settings))
@@ -120,7 +119,7 @@ def run(settings: Settings, folder: Path, file, overwrite, progress, report):
             raise TrainingStopped(f"{stop}; saved in {folder / ADAPTER}") from None
     save_adapter(folder / ADAPTER, model, mark)
     after = evaluate(model, held_out)
-    record = {name: getattr(history, name) for name in ("loss", "lr", "grad_norm", "seconds")}
+    record = {name: getattr(history, name) for name in SERIES}
     record |= {"held_out_before": before, "held_out_after": after}
     write_atomically(folder / HISTORY, json.dumps(record).encode())
     report(
@@ -154,9 +153,8 @@ class Checkpoints:
                 self.save()
             except InputError as error:
                 there = f"the checkpoint of step {self.saved} is good: {how_to_resume(self.folder)}"
-                raise InputError(
-                    f"stopped after step {done}: {error}; {there if self.saved else 'no step is saved yet'}"
-                ) from error
+                there = there if self.saved else "no step is saved yet"
+                raise InputError(f"stopped after step {done}: {error}; {there}") from error
             self.saved = done
         if stopping:
             saved = f"stopped and saved after step {done} of {steps}; to resume: {how_to_resume(self.folder)}"

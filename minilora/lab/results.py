@@ -78,7 +78,7 @@ def table(lines) -> str:
         mean = _mean(curve[rate])
         if len(curve[rate]) > 1 and mean != "failed":
             mean += f" ± {stdev(curve[rate]):.3f}"
-        neighbours = [_neighbour(curve, below), _neighbour(curve, above)]
+        neighbours = ["edge of grid" if x is None else f"{_mean(curve[x])} at {x:g}" for x in (below, above)]
         rows.append([name, str(r or ""), str(alpha or ""), f"{rate:g}", mean, *neighbours, *counts])
     errors = [line["error"] for line in lines if failed_otherwise(line)]
     text = [f"{len(errors)} failed otherwise ({e['type']}: {e['message']}): --retry-failed" for e in errors[:1]]
@@ -87,10 +87,6 @@ def table(lines) -> str:
 
 def _mean(losses) -> str:
     return "failed" if math.isinf(fmean(losses)) else f"{fmean(losses):.3f}"
-
-
-def _neighbour(curve, rate) -> str:
-    return "edge of grid" if rate is None else f"{_mean(curve[rate])} at {rate:g}"
 
 
 def failed_otherwise(line) -> bool:

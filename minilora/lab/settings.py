@@ -6,9 +6,8 @@ flags from these fields, a checkpoint holds them, and each run writes them into 
 
 # ruff: noqa: RUF009  (setting() is dataclasses.field() with metadata)
 
-import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import get_args, get_origin
 
@@ -32,12 +31,13 @@ def at_least_zero(name, value):
     check_positive(zero_allowed=True, **{name: value})
 
 
-def setting(default, help=None, check=None, flag=None, **argument):
+def setting(default, help=None, check=None, flag=None, split=False, **argument):
     """A field of a dataclass. ``help``, ``flag`` and ``argument`` are for argparse: without a help text, no flag.
 
     ``check(name, value)`` raises InputError for a value that is out of range; a list is checked value by value.
+    ``split``: each text of a list may be several with commas between them, ["lora,vera", "dora"].
     """
-    metadata = {"help": help, "check": check, "flag": flag, "argument": argument}
+    metadata = {"help": help, "check": check, "flag": flag, "split": split, "argument": argument}
     if isinstance(default, (dict, list)):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -55,6 +55,8 @@ class Checked:
             except (TypeError, OverflowError):
                 kind = f.type.__name__ if isinstance(f.type, type) else f.type
                 raise InputError(f"{f.name} is {printable(repr(value), 80)}; expected {kind}") from None
+            if value and f.metadata.get("split"):
+                value = [one for text in value for one in text.split(",") if one]
             object.__setattr__(self, f.name, value)
             if check := f.metadata.get("check"):
                 for one in value if isinstance(value, list) else [value]:
@@ -81,11 +83,6 @@ def converted(value, kind):
     elif isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     raise TypeError(kind)
-
-
-def names_in(words):
-    """["lora", "vera", "dora"] of ["lora,vera", "dora"]; None stays None."""
-    return words and [name for word in words for name in word.split(",") if name]
 
 
 def layer_names(text: str):
@@ -171,32 +168,19 @@ class Settings(Training):
 class Comparison(Training):
     """What ``minilora compare`` trains. ``r`` and ``alpha`` go to each method that has them."""
 
-    methods: list[str] | None = setting(None, "methods to compare; all by default", metavar="NAME")
+    methods: list[str] | None = setting(None, "methods to compare; all by default", split=True, metavar="NAME")
     steps: int = setting(120, "training steps for each method", above_zero)
     r: int | None = setting(None, "rank of all methods, instead of each method's own default")
     alpha: float | None = setting(None, "alpha of all methods, instead of each method's own default")
     lr: float | None = setting(None, "one learning rate for all, instead of each method's recorded one", above_zero)
-
-    def __post_init__(self):
-        super().__post_init__()
-        object.__setattr__(self, "methods", names_in(self.methods))
 
 
 @dataclass(frozen=True)
 class Grid(Common):
     """What ``minilora sweep`` trains: each combination. ``r`` and ``alpha`` count only for methods that have them."""
 
-    methods: list[str] | None = setting(None, "methods to sweep; all by default", metavar="NAME")
+    methods: list[str] | None = setting(None, "methods to sweep; all by default", split=True, metavar="NAME")
     r: list[int] | None = setting(None, "ranks; each method's own by default", metavar="R")
     alpha: list[float] | None = setting(None, "scales; each method's own by default", metavar="ALPHA")
     lr: list[float] = setting([1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2], "learning rates", above_zero, metavar="LR")
     seeds: list[int] = setting([0, 1, 2], "seeds of each combination", at_least_zero, metavar="SEED")
-
-    def __post_init__(self):
-        super().__post_init__()
-        object.__setattr__(self, "methods", names_in(self.methods))
-
-
-def as_text(settings) -> str:
-    """The settings as JSON, a line for each."""
-    return json.dumps(asdict(settings), indent=2, ensure_ascii=False) + "\n"

@@ -1,7 +1,4 @@
-"""One method, one file. The files in this folder are the registry: a new method is a new file and nothing else.
-
-A file that starts with an underscore is skipped. In each file, the method is the Adapter class defined there.
-"""
+"""One method, one file. The files in this folder are the registry: a new method is a new file and nothing else."""
 
 import importlib
 import os

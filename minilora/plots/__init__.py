@@ -3,6 +3,8 @@
 matplotlib is imported here alone, and only when a figure is drawn. Each function returns a matplotlib Figure.
 """
 
+# ruff: noqa: F401  (the names that the package offers)
+
 from .drawing import graph
 from .lessons import (
     attention,
@@ -16,25 +18,3 @@ from .lessons import (
     stacked_bars,
 )
 from .style import COLOURS, DASHES, MARKERS, STYLE, Shown, look, new_figure, png, show
-
-__all__ = [
-    "COLOURS",
-    "DASHES",
-    "MARKERS",
-    "STYLE",
-    "Shown",
-    "attention",
-    "bars",
-    "gradient_report",
-    "graph",
-    "heat_map",
-    "lines",
-    "look",
-    "loss_curves",
-    "new_figure",
-    "png",
-    "scatter",
-    "show",
-    "singular_values",
-    "stacked_bars",
-]

@@ -1,6 +1,6 @@
 """The engine's graph as a drawing: what backward will walk, and what it will find kept at each node."""
 
-from functools import partial
+from statistics import fmean
 
 from ..engine import nodes_of
 from ..errors import InputError
@@ -48,14 +48,9 @@ def _rows(nodes):
     rows = [[node for node in nodes if layer[node] == depth] for depth in range(max(layer.values()), -1, -1)]
     for row, above in zip(rows[1:], rows, strict=False):  # each node below the middle of its parents
         at = {node: (i + 0.5) / len(above) for i, node in enumerate(above)}
-        row.sort(key=partial(_middle_of_parents, at))
+        middle = {node: fmean([at[parent] for parent in node.parents if parent in at] or [0.5]) for node in row}
+        row.sort(key=middle.get)
     return rows
-
-
-def _middle_of_parents(at, node) -> float:
-    """Where the node's parents lie on average; ``at`` {node: its place from 0 to 1} has those of the row above."""
-    places = [at[parent] for parent in node.parents if parent in at]
-    return sum(places) / len(places) if places else 0.5
 
 
 def _kept(node) -> list[str]:

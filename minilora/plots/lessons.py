@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from ..tools.gradcheck import CENTRAL_TOLERANCE, COMPLEX_TOLERANCE
-from .style import DASHES, GREY, look, marker, new_page, on_host, styled
+from .style import DASHES, GREY, look, marker, name_rows, new_page, on_host, styled, write_end
 
 RIGHT, WRONG = "#009E73", "#D55E00"
 DASHED = 3.2  # in letters: long enough for a legend's line to show its dashes
@@ -94,7 +94,7 @@ def stacked_bars(rows, unit="MiB", title=""):
         hatch = ["", "//", ".."][i // 7 % 3]  # once the colours run out
         axes.barh(range(len(rows)), sizes, left=left, height=0.65, label=part, color=look(i)["color"], hatch=hatch)
         left += sizes
-    _name_rows(axes, rows)
+    name_rows(axes, rows)
     _write_ends(axes, left, [number(total) for total in left])
     _legend(figure, axes)
     return figure
@@ -113,7 +113,7 @@ def bars(values, title="", xlabel=""):
             axes.plot(value, [i] * len(value), "o", color="white", markeredgecolor="black", markersize=4.5, zorder=4)
         ends.append(max(value.max(), mean + deviation))
         texts.append(with_deviation(mean, deviation))
-    _name_rows(axes, values)
+    name_rows(axes, values)
     _write_ends(axes, ends, texts)
     return figure
 
@@ -124,15 +124,15 @@ def gradient_report(report):
     figure, axes = _axes(1.3 + 0.38 * len(report.rows), report.title, "relative error", "", grid="x")
     least, most = 1e-18, 1e3  # what lies beyond is drawn there
     for i, row in enumerate(report.rows):
-        error = np.clip(row.error, 2 * least, most)
-        axes.barh(i, error - least, left=least, height=0.6, color=RIGHT if row.ok else WRONG)
+        error, color = np.clip(row.error, 2 * least, most), RIGHT if row.ok else WRONG
+        axes.barh(i, error - least, left=least, height=0.6, color=color)
         text = f"{'✓' if row.ok else '✗'} {row.error:.0e}" if np.isfinite(row.error) else "✗ wrong shape"
-        _write_end(axes, error, i, text, color=RIGHT if row.ok else WRONG, weight="bold")
-    marks = [(TOLERANCES[row.method], i) for i, row in enumerate(report.rows) if row.method in TOLERANCES]
-    axes.vlines([x for x, _ in marks], [i - 0.42 for _, i in marks], [i + 0.42 for _, i in marks], color="black",
-                linewidth=2, label="tolerance")  # fmt: skip
+        write_end(axes, error, i, text, color=color, weight="bold")
+    marked = [(TOLERANCES[row.method], i) for i, row in enumerate(report.rows) if row.method in TOLERANCES]
+    x, y = np.array(marked).reshape(-1, 2).T
+    axes.vlines(x, y - 0.42, y + 0.42, color="black", linewidth=2, label="tolerance")
     axes.set(xscale="log", xlim=(least, 1e5 * max(CENTRAL_TOLERANCE, min(report.worst_error, most))))
-    _name_rows(axes, [f"{row.array}, {row.method}" for row in report.rows])
+    name_rows(axes, [f"{row.array}, {row.method}" for row in report.rows])
     _legend(figure, axes, least=1)
     return figure
 
@@ -192,7 +192,6 @@ def attention(probabilities, tokens, title=""):
 
 def number(value) -> str:
     """Three figures, as people write them: 0.0123, 45.6, 73,728, and powers of ten beyond that."""
-    value = float(value)
     if value == 0.0 or 1e-3 <= abs(value) < 1e3:
         return f"{value:.3g}"
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e8 else f"{value:.1e}"
@@ -247,20 +246,10 @@ def _log(axes, which):
         axis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
 
 
-def _name_rows(axes, names):
-    """The rows' names at the left, the first on top."""
-    axes.set_yticks(range(len(names)), list(names))
-    axes.set_ylim(len(names) - 0.5, -0.5)
-
-
 def _write_ends(axes, ends, texts):
     """``texts`` behind the bars, with room for the longest of them."""
     most = max(*ends, 0.0)
     axes.set_xlim(right=(most or 1.0) * (1.06 + 0.022 * max(map(len, texts))))
     axes.xaxis.set_major_formatter("{x:,.10g}")
     for i, (end, text) in enumerate(zip(ends, texts, strict=True)):
-        _write_end(axes, end, i, text, color=GREY)
-
-
-def _write_end(axes, end, i, text, **style):
-    axes.annotate(text, (end, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=10, **style)
+        write_end(axes, end, i, text, color=GREY)

@@ -98,6 +98,17 @@ def show(figure, alt: str) -> Shown:
     return Shown(figure, alt)
 
 
+def name_rows(axes, names):
+    """The names of horizontal bars at the left, the first on top."""
+    axes.set_yticks(range(len(names)), list(names))
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def write_end(axes, end, i, text, gap=5, **style):
+    """``text`` behind the i-th of horizontal bars, which ends at ``end``; ``gap`` in points."""
+    axes.annotate(text, (end, i), xytext=(gap, 0), textcoords="offset points", va="center", fontsize=10, **style)
+
+
 def on_host(values) -> np.ndarray:
     """Numbers, or an array of any device, as a NumPy array."""
     return to_host(values) if hasattr(values, "dtype") else np.asarray(values, dtype=float)

@@ -8,7 +8,7 @@ import sys
 from .. import methods
 from ..gpt import GPT, GPTConfig
 from ..surgery import count_parameters, linear_layers
-from .methodfile import KEPT, stated_shapes
+from .methodfile import KEPT, listed, stated_shapes
 from .trial import verdicts
 
 
@@ -20,17 +20,18 @@ def catalogue() -> list[dict]:
     for name in methods.names():
         method = methods.create(name)
         doc = inspect.getdoc(sys.modules[type(method).__module__])
-        trained, stored = zip(*(map(count, method.shapes(*shape)) for shape in linears), strict=True)
+        title, *source = doc.split("\n")[0].split("   ")
+        trainable, stored = map(sum, zip(*(map(count, method.shapes(*shape)) for shape in linears), strict=True))
         shared = method.shared_shapes(*map(max, zip(*linears, strict=True)))
         _, buffers = method.shapes(*linears[0])
         entries.append({
             "method": name,
-            "title": doc.split("\n")[0].split("   ")[0].rstrip("."),
-            "source": [*doc.split("\n")[0].split("   "), ""][1],
+            "title": title.rstrip("."),
+            "source": source[0] if source else "",
             "options": {key: default for key, (_, default) in methods.options(name).items()},
             "trained_arrays": trained_shapes(name),
-            "trainable": sum(trained),
-            "trainable_percent": 100 * sum(trained) / (base + sum(trained) + sum(stored) + count(shared)),
+            "trainable": trainable,
+            "trainable_percent": 100 * trainable / (base + trainable + stored + count(shared)),
             "frozen": sorted({**buffers, **shared}),
             "claims": verdicts(name),
             "kept": KEPT.search(doc)[1],
@@ -49,8 +50,7 @@ def trained_shapes(name) -> dict[str, list[str]]:
     An array that the file's line "Forward, …:" does not name has the numbers of a layer of the shipped model.
     """
     method, width = methods.create(name), GPTConfig().n_embd
-    trainable, _ = method.shapes(4 * width, width)
-    stated = stated_shapes(method)
+    trainable, stated = method.shapes(4 * width, width)[0], stated_shapes(method)
     return {array: list(stated.get(array) or map(str, shape)) for array, shape in trainable.items()}
 
 
@@ -58,7 +58,7 @@ def show(entries) -> str:
     """The catalogue as text for a terminal."""
     lines = []
     for e in entries:
-        arrays = ", ".join(f"{array} ({', '.join(shape)})" for array, shape in e["trained_arrays"].items())
+        arrays = listed(e["trained_arrays"])
         options = ", ".join(f"{key}={value}" for key, value in e["options"].items()) or "no options"
         lines += [
             f"{e['method']}: {e['title']}",
@@ -75,11 +75,9 @@ def markdown(entries) -> str:
     """The catalogue as the table of the README."""
     rows = ["| method | what | trains | numbers | keeps for backward |", "| --- | --- | --- | ---: | --- |"]
     for e in entries:
-        trained = ", ".join(f"{array} ({', '.join(shape)})" for array, shape in e["trained_arrays"].items())
+        arrays, numbers = listed(e["trained_arrays"]), f"{e['trainable']:,} ({e['trainable_percent']:.1f} %)"
         source = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", e["source"])
         what = f"{e['title']}. {source}" if source else e["title"]
         link = f"[`{e['method']}`](minilora/methods/{e['method']}.py)"
-        rows.append(
-            f"| {link} | {what} | {trained} | {e['trainable']:,} ({e['trainable_percent']:.1f} %) | {e['kept']} |"
-        )
+        rows.append(f"| {link} | {what} | {arrays} | {numbers} | {e['kept']} |")
     return "\n".join(rows)

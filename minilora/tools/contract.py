@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..memory import owner
 from ..nn import Linear, Parameter
 from .gradcheck import cast, check_method, method_point
-from .methodfile import code_tags, docstring_and_code, equations, kept, length, sizes_of, stated_shapes
+from .methodfile import code_tags, docstring_and_code, equations, kept, length, listed, sizes_of, stated_shapes
 from .trial import Trial
 
 SIZES = {"N": 5, "d_in": 7, "d_out": 6}  # and r = 3: all different, so that no axis can stand in for another
@@ -42,9 +42,8 @@ class Case:
 
     def backward(self, method=None):
         """What backward returns, of ``method`` where it is another; from copies, so that it can spoil nothing."""
-        _, saved = self.forward()
-        copies = [type(given)((k, a.copy()) for k, a in given.items()) for given in (saved, self.p)]
-        return (method or self.method).backward(self.dy.copy(), copies[0], self.W.copy(), copies[1])
+        saved, p = (Saved((k, a.copy()) for k, a in given.items()) for given in (self.forward()[1], self.p))
+        return (method or self.method).backward(self.dy.copy(), saved, self.W.copy(), p)
 
     def gradient_arrays(self) -> dict:
         """The arrays that backward gives a gradient for, by name."""
@@ -163,10 +162,6 @@ def keeps(c: Case) -> str:
     except InputError as error:
         return str(error)
     return f'"Kept for backward" states {listed(stated)}; forward keeps {listed(found)}'
-
-
-def listed(shapes) -> str:
-    return ", ".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in shapes.items()) or "nothing"
 
 
 def tagged(c: Case) -> str:

@@ -53,8 +53,7 @@ def difference(first: str, second: str) -> str:
     lines = [f"{first} → {second}"]
     for title, a, b in sections:
         for key in dict.fromkeys([*a, *b]):
-            changed = changes(a.get(key, []), b.get(key, []))
-            if changed:
+            if changed := changes(a.get(key, []), b.get(key, [])):
                 lines += ["", f"{title}{': ' + key if key else ''}", *changed]
     return "\n".join(lines) if len(lines) > 1 else f"{first} and {second} do not differ"
 

@@ -195,8 +195,8 @@ def watch_backward(file, case, names, truth):
         return truth[name].copy() if name in truth else value
 
     tree = ast.parse(case.source)
-    if "backward" in functions(tree):
-        put_watches(functions(tree)["backward"], names)
+    if backward := functions(tree).get("backward"):
+        put_watches(backward, names)
     cls = load(ast.fix_missing_locations(tree), Path(file).stem, file, watch_=watch)
     try:
         with np.errstate(all="ignore"):

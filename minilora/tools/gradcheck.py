@@ -81,32 +81,31 @@ def gradcheck(f, grads: dict, arrays: dict, title="gradient", complex_step=True,
             raise InputError(f"gradcheck: the gradient of {name} is {type(grad).__name__}, not an array")
     if (xp := array_module(*arrays.values())) is not np:  # f is computed on the GPU, all the rest here
         grads, arrays = ({k: to_host(a) for k, a in given.items()} for given in (grads, arrays))
-        f = computed_on(xp, f)
+        on_device = f
+
+        def f(**arrays):
+            return to_host(on_device(**{name: to_device(array, xp) for name, array in arrays.items()}))
+
     kinds = [("central", central_difference, CENTRAL_TOLERANCE)]
     kinds += [("complex", complex_difference, COMPLEX_TOLERANCE)] if complex_step else []
     rows, size = [], abs(f(**arrays))
     for name, grad in grads.items():
         x = arrays[name]
         if grad.shape != x.shape:
-            rows.append(Row(name, "shape", False, np.inf, (), np.nan, np.nan, shape_advice(grad.shape, x.shape)))
+            turned = ", the transpose of it" if grad.shape == x.shape[::-1] else ""
+            advice = f"guess: the gradient has shape {grad.shape}{turned}; it must have the array's shape, {x.shape}"
+            rows.append(Row(name, "shape", False, np.inf, (), np.nan, np.nan, advice))
             continue
-        directions = directions_for(x, np.random.default_rng(seed))
-        along = grad if directions is None else np.array([(grad * v).sum() for v in directions])
+        rng, along, directions = np.random.default_rng(seed), grad, None
+        if x.size > MAX_ENTRIES:
+            directions = [rng.standard_normal(x.shape) for _ in range(DIRECTIONS)]
+            along = np.array([(grad * v).sum() for v in directions])
         for kind, difference, tolerance in kinds:
-            steps = units(x.shape) if directions is None else directions
+            steps = directions or units(x.shape)
             numeric = np.array([difference(f, arrays, name, x, v) for v in steps]).reshape(along.shape)
             rounding = 16 * np.finfo(np.float64).eps * size / (step_of(x) if kind == "central" else 1.0)
             rows.append(judge(name, kind, along, numeric, tolerance, rounding))
     return Report(title, tuple(rows))
-
-
-def computed_on(xp, f):
-    """``f`` as a function of host arrays that is computed by the library ``xp``."""
-
-    def on_device(**arrays):
-        return to_host(f(**{name: to_device(array, xp) for name, array in arrays.items()}))
-
-    return on_device
 
 
 def units(shape):
@@ -115,13 +114,6 @@ def units(shape):
         v = np.zeros(shape)
         v[index] = 1.0
         yield v
-
-
-def directions_for(x, rng):
-    """Random directions for an array that is too large to check entry by entry, else None."""
-    if x.size <= MAX_ENTRIES:
-        return None
-    return [rng.standard_normal(x.shape) for _ in range(DIRECTIONS)]
 
 
 def step_of(x) -> float:
@@ -141,8 +133,7 @@ def central_difference(f, arrays, name, x, v):
 def complex_difference(f, arrays, name, x, v):
     """Im f(x + ihv) / h; h may be tiny because nothing is subtracted."""
     h = 1e-100
-    complex_arrays = cast(arrays, np.complex128)
-    value = f(**{**complex_arrays, name: x + 1j * h * v})
+    value = f(**{**cast(arrays, np.complex128), name: x + 1j * h * v})
     if not np.iscomplexobj(value):
         raise InputError(f"gradcheck: the function drops the imaginary part of {name}; use complex_step=False")
     return value.imag / h
@@ -161,23 +152,16 @@ def judge(name, kind, analytic, numeric, tolerance, rounding=0.0) -> Row:
     scale = np.abs(numeric).max(initial=0.0)
     difference = np.abs(analytic - numeric)
     difference = np.where(np.isfinite(difference), difference, np.inf)
-    worst = np.unravel_index(difference.argmax(), difference.shape)
+    worst = tuple(map(int, np.unravel_index(difference.argmax(), difference.shape)))
     largest = difference[worst]
-    error = largest / scale if scale > 0 else largest
+    error = float(largest / scale if scale > 0 else largest)
     ok = bool(error <= tolerance or largest <= rounding)
     advice = ""
     if not ok:
         advice = "guess: " + guess(analytic, numeric)
     elif scale <= rounding:
         advice = "blind spot: the numeric gradient is zero everywhere, so an error could hide; move off this point"
-    return Row(
-        name, kind, ok, float(error), tuple(map(int, worst)), float(analytic[worst]), float(numeric[worst]), advice
-    )
-
-
-def shape_advice(got, wanted) -> str:
-    transposed = ", the transpose of it" if tuple(got) == tuple(wanted)[::-1] else ""
-    return f"guess: the gradient has shape {got}{transposed}; it must have the array's shape, {wanted}"
+    return Row(name, kind, ok, error, worst, float(analytic[worst]), float(numeric[worst]), advice)
 
 
 def guess(analytic, numeric, close=1e-4) -> str:
@@ -221,9 +205,8 @@ def check_method(method, N=5, d_in=7, d_out=6, at_init=False, seed=0, complex_st
     _, saved = method.forward(x, W, p)
     dx, grads = method.backward(dy, Saved(saved), W, p)
     if set(grads) != set(names):
-        raise InputError(
-            f"{method.name}: backward returns gradients for {sorted(grads)}, trainable are {sorted(names)}"
-        )
+        have = f"backward returns gradients for {sorted(grads)}"
+        raise InputError(f"{method.name}: {have}, trainable are {sorted(names)}")
     arrays = {"x": x, **{name: p[name] for name in names}}
     point = "initial point" if at_init else "random point"
     title = f"{method.name}  x ({N}, {d_in}), W ({d_out}, {d_in}), {point}"
@@ -266,13 +249,13 @@ def check_operation(operation: Operation, arrays: dict, title=None, complex_step
 
     y, saved = run(**arrays)
     dy = array_module(y).asarray(rng.standard_normal(y.shape))
-    given = [name for name in need._fields if name in arrays]
-    grads = dict(zip(need._fields, operation.backward(need, dy, Saved(saved)), strict=True))
+    returned = zip(need._fields, operation.backward(need, dy, Saved(saved)), strict=True)
+    grads = {name: grad for name, grad in returned if name in arrays}
 
     def loss(**arrays):
         return (run(**arrays)[0] * dy).sum()
 
-    return gradcheck(loss, {k: grads[k] for k in given}, arrays, title or operation.name, complex_step, seed)
+    return gradcheck(loss, grads, arrays, title or operation.name, complex_step, seed)
 
 
 def check_operations(seed=0, ops=None) -> list[Report]:
@@ -323,14 +306,14 @@ def check_model(model, ids, targets, seed=0) -> Report:
     """Check a whole float64 model: the gradient of its loss with respect to every trained parameter."""
     from ..engine import backward, no_grad
 
-    params, everything = model.trainable(), dict(model.named_parameters())
+    params, everything, grads = model.trainable(), dict(model.named_parameters()), {}
     before = {name: p.grad for name, p in params.items()}
     try:
         for p in params.values():
             p.node.grad = None
         backward(model.loss(ids, targets))
-        zeros = {name: array_module(p.data).zeros_like(p.data) for name, p in params.items() if p.grad is None}
-        grads = {name: p.grad for name, p in params.items()} | zeros
+        for name, p in params.items():
+            grads[name] = array_module(p.data).zeros_like(p.data) if p.grad is None else p.grad
     finally:  # an optimizer's gradients are views of its buffer
         for name, p in params.items():
             p.node.grad = before[name]

@@ -91,6 +91,11 @@ def kept(docstring: str) -> dict[str, tuple]:
     return {name: axes(shape) for name, shape in ARRAY.findall(line[1] if line else "")}
 
 
+def listed(shapes) -> str:
+    """Names and axes in one line: "A (r, d_in), B (d_out, r)"."""
+    return ", ".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in shapes.items()) or "nothing"
+
+
 def stated_shapes(method: Adapter) -> dict[str, tuple]:
     """The method's own arrays in the line "Forward, x (N, d_in), A (r, d_in) …:" of the file that defines forward."""
     line = FORWARD.search(inspect.unwrap(type(method).forward).__globals__["__doc__"] or "")

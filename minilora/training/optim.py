@@ -1,7 +1,4 @@
-"""AdamW over one flat buffer.
-
-All trained arrays become views of one vector, so a step is a handful of array operations however many there are.
-"""
+"""AdamW over one flat buffer: all trained arrays become views of one vector, so a step is a few array operations."""
 
 import math
 
@@ -65,7 +62,7 @@ class Optimizer:
             return self.grad @ self.grad
 
     def step(self, squared=None) -> float:
-        """Move the parameters against their gradients, which zero() clears; returns the gradient's norm.
+        """Move the parameters against their gradients, which zero() clears afterwards; returns the gradient's norm.
 
         ``squared``: its square, where it is known. Raises TrainingStopped, with nothing moved, if it is not finite.
         """
@@ -81,7 +78,6 @@ class Optimizer:
         return norm
 
     def zero(self) -> None:
-        """Clear the gradients."""
         self.grad.fill(0.0)
 
     def move(self) -> None:

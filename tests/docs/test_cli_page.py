@@ -26,12 +26,3 @@ def test_a_mark_is_a_command_that_prints_help(words, capsys):
     assert stop.value.code == 0 and printed.startswith("usage: minilora")
     assert not re.search(r"\(default:\s+(None|\[\]|False)\)", printed)
     assert "every random draw" not in printed or re.search(r"every random draw\s+\(default:\s+0\)", printed)
-
-
-def test_code_blocks(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    pages.run(PAGE, "cli.md")
-
-
-def test_links_lead_somewhere():
-    assert not pages.broken_links("cli.md")

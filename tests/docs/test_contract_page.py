@@ -1,7 +1,6 @@
 """docs/contract.md shows a whole method file and its report: the file is a method, the report what is printed."""
 
 import dataclasses
-import inspect
 import re
 import sys
 
@@ -13,7 +12,6 @@ from minilora import methods
 from minilora.adapter import Adapter
 from minilora.cli import main
 from minilora.tools.contract import CHECKS
-from minilora.tools.trial import Trial
 
 PAGE = pages.read("contract.md")
 FILE, REPORT, HINT = (
@@ -68,16 +66,3 @@ def test_the_tables_have_every_member_of_the_contract():
     in_peft = {name for name in vars(Adapter) if name.startswith("peft")} | {"from_peft", "is_product"}
     own = {name for name in vars(Adapter) if not name.startswith("_")} - {"name"} - in_peft
     assert dataclasses.is_dataclass(Adapter) and {*needed, *rows} == own
-
-
-def test_a_trial_has_what_the_page_says():
-    trial = Trial(methods.create("lora"))
-    words = pages.sections(PAGE, 3)["What a claim can look at"]
-    for name in re.findall(r"`(\w+)(?:\(.*?\))?`", words):
-        if name not in ("Trial", "lora"):
-            assert hasattr(trial, name), name
-    assert set(inspect.signature(trial.resized).parameters) == {"sizes"}
-
-
-def test_links_lead_somewhere():
-    assert not [link for link in pages.broken_links("contract.md") if not link.startswith("notebooks/")]

@@ -1,19 +1,15 @@
 """docs/memory.md is true: its arithmetic is the record's and what the graph holds, its code runs."""
 
-import importlib
 import json
 import re
-from pathlib import Path
 
-import numpy as np
+import pages
 import pytest
 
 from minilora.cli import main
 from minilora.memory import kept_bytes
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
-REPORT = json.loads((ROOT / "docs" / "memory.json").read_text(encoding="utf-8"))
+PAGE, REPORT = pages.read("memory.md"), json.loads(pages.read("memory.json"))
 BARS = {  # by the page's code: a row of the tables
     "textbook": "LoRA on a textbook tape",
     "lora": "LoRA",
@@ -26,10 +22,7 @@ each_bar = pytest.mark.parametrize("bar", BARS)
 
 @pytest.fixture(scope="module")
 def memory():
-    """benchmarks/memory.py, which is not part of the package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield importlib.import_module("memory")
+    return pages.benchmark("memory")
 
 
 def blocks(language):
@@ -65,7 +58,6 @@ def test_the_arithmetic_gives_the_recorded_bytes(memory, bar):
 # -------------------------------------------------------------------------------- what holds now
 
 
-@pytest.mark.host("NumPy's fast attention saves the scores of earlier keys only")
 @each_bar
 @pytest.mark.parametrize("shape", [(11, 12, 16, 2, 2, 3), (7, 128, 8, 3, 2, 1)], ids=str)
 def test_the_arithmetic_gives_the_bytes_of_a_small_model(memory, bar, shape):
@@ -99,8 +91,7 @@ def test_the_table_of_arrays_adds_up():
 def test_the_switches_run(capsys):
     (block,) = (b for b in blocks("python") if b.startswith("import"))
     names = {}
-    exec(compile(block, "docs/memory.md", "exec"), names)
-    assert np.isfinite(names["history"].loss).all()
+    exec(compile(block.replace("steps=5", "steps=1"), "docs/memory.md", "exec"), names)
     # the shipped model has 96 characters, and a part of the batch is two sequences
     assert names["history"].kept_bytes == by_hand("recompute", (96, 128, 128, 4, 4, 2))
 

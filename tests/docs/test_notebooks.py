@@ -7,11 +7,11 @@ import ast
 import importlib.util
 import json
 import re
-import runpy
 from statistics import mean
 
 import pages
 import pytest
+from mistakes import MISTAKES
 
 ROOT = pages.DOCS.parent
 FOLDER = ROOT / "notebooks"
@@ -40,9 +40,11 @@ def printed(output) -> str:
     return "".join(output.get("text", [])) + "".join(output.get("data", {}).get("text/plain", []))
 
 
-def answers(name) -> dict[str, tuple[str, str]]:
-    """{function: (right, wrong)}, each the source of an answer to an exercise."""
-    return runpy.run_path(str(ROOT / "tests" / "notebooks" / f"answers_{name[:2]}.py"))["ANSWERS"]
+def solutions(name) -> dict[str, str]:
+    """{function: the code of the solution that the notebook folds away}."""
+    markdown = "\n".join(text for kind, text in cells(name) if kind == "markdown")
+    folded = re.findall(r"<details>(?:(?!</details>).)*?```python\n(.*?)```", markdown, re.DOTALL)
+    return {re.search(r"^def (\w+)", code, re.MULTILINE)[1]: code for code in folded}
 
 
 def assessed(text) -> list[str]:
@@ -103,10 +105,10 @@ def test_links_lead_somewhere(name):
 
 
 @every_notebook
-def test_every_exercise_has_a_solution_and_answers_that_are_tested(name):
+def test_every_exercise_has_a_solution_and_a_mistake_that_it_can_be_tried_with(name):
     asked = [function for kind, text in cells(name) if kind == "code" for function in assessed(text)]
-    assert list(answers(name)) == asked and len(asked) >= 3
-    assert sum(text.count("<details>") for _, text in cells(name)) >= len(asked)
+    assert list(solutions(name)) == list(MISTAKES[name]) == asked and len(asked) >= 3
+    assert all(right in solutions(name)[function] for function, (right, _) in MISTAKES[name].items())
     assert "".join(map(printed, outputs(name))).count("not answered yet") == len(asked)
 
 
@@ -142,8 +144,8 @@ def test_the_recorded_comparison_of_seed_0_is_the_one_in_docs():
 
 @pytest.mark.notebooks
 @every_notebook
-def test_it_runs_from_a_fresh_kernel_and_takes_right_answers_alone(name, tmp_path):
-    """Elsewhere than in its folder, as on Colab; each exercise's cell is run with a right and a wrong answer, too."""
+def test_it_runs_from_a_fresh_kernel_and_takes_its_own_solutions_alone(name, tmp_path):
+    """Elsewhere than in its folder, as on Colab; each exercise is also tried with its solution and with a mistake."""
     for package in ("nbclient", "nbformat", "ipykernel", "jupytext"):
         pytest.importorskip(package)
     spec = importlib.util.spec_from_file_location("notebooks_make", FOLDER / "make.py")
@@ -156,7 +158,8 @@ def test_it_runs_from_a_fresh_kernel_and_takes_right_answers_alone(name, tmp_pat
         run.append(cell)
         for i, function in enumerate(assessed(cell.source) if cell.cell_type == "code" else ()):
             stub = next(other for other in code if f"def {function}(" in other.source)
-            for mark, answer in zip("✓✗", answers(name)[function], strict=True):
+            solution = solutions(name)[function]
+            for mark, answer in ("✓", solution), ("✗", solution.replace(*MISTAKES[name][function], 1)):
                 run.append(new_cell(f"{answer}\n{cell.source}"))
                 tried.append((run[-1], i - len(assessed(cell.source)), mark))
             run.append(new_cell(stub.source))

@@ -1,25 +1,18 @@
 """The tables of speed and memory are the recorded ones, and the record of the comparison is whole."""
 
-import importlib
-from pathlib import Path
-
+import pages
 import pytest
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def page():
-    """benchmarks/speed_page.py, which is not part of the package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield importlib.import_module("speed_page")
+    return pages.benchmark("speed_page")
 
 
-@pytest.mark.parametrize("name", ["docs/speed.md", "docs/memory.md", "README.md"])
+@pytest.mark.parametrize("name", ["speed.md", "memory.md", "../README.md"])
 def test_the_tables_are_the_recorded_ones(page, name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    assert page.filled(text, page.parts()[name]) == text, "run python benchmarks/speed_page.py"
+    marks = page.parts()[f"docs/{name}".removeprefix("docs/../")]
+    assert page.filled(pages.read(name), marks) == pages.read(name), "run python benchmarks/speed_page.py"
 
 
 def test_the_comparison_has_every_row_that_it_should_have(page):

@@ -5,6 +5,7 @@ it as CuPy does, and tests/gpu runs it on a card.
 """
 
 import contextlib
+import functools
 import itertools
 import re
 import sys
@@ -23,8 +24,6 @@ from minilora.nn import Parameter
 from minilora.training.optim import AdamW
 
 pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="no g++ or c++ to compile the kernels for the host")
-TOLERANCE = {np.float64: 1e-12, np.float32: 1e-5}
-each_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
 
 
 @pytest.fixture(autouse=True)
@@ -59,17 +58,14 @@ def entropy(N, V, ignored=(), **constants):
 
 CASES = {
     "layer_norm": norm(5, 7),
-    "layer_norm, one row": norm(1, 7),
     "layer_norm, one column": norm(5, 1),
     "layer_norm, no row": norm(0, 4),
     "layer_norm, eps": norm(4, 6, eps=0.5),
     "gelu": gelu(5, 7),
-    "gelu, 3 axes": gelu(2, 3, 4),
     "gelu, no row": gelu(0, 4),
     "attention": attend(2, 3, 5, 5),
     "attention, one token": attend(2, 2, 1, 1),
     "attention, last 2 of 5": attend(2, 3, 2, 5),
-    "attention, 65 tokens": attend(2, 2, 65, 65),
     "cross_entropy": entropy(6, 5),
     "cross_entropy, ignored": entropy(6, 5, [0, 4]),
     "cross_entropy, index": entropy(6, 5, [2, 3], ignore_index=7),
@@ -90,16 +86,17 @@ EXTREME = {
 }
 
 
-def close(actual, expected, tolerance):
+CASES |= EXTREME
+
+
+def close(actual, expected, tolerance) -> bool:
     """Relative to the largest entry: a sum in another order is off by the rounding of its largest term."""
-    actual = getattr(actual, "_host", actual)
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    assert np.isfinite(actual).all()
-    assert not expected.size or np.abs(actual - expected).max() <= tolerance * max(np.abs(expected).max(), 1e-3)
-
-
-def fused_pair(name):
-    return getattr(ops, name).forms["cupy"]
+    if actual is None or expected is None:
+        return actual is expected
+    actual, expected = getattr(actual, "_host", actual), np.asarray(expected)
+    if actual.shape != expected.shape or actual.dtype != expected.dtype or not np.isfinite(actual).all():
+        return False
+    return bool(not expected.size or np.abs(actual - expected).max() <= tolerance * max(np.abs(expected).max(), 1e-3))
 
 
 def run(pair, case, dtype, put, wanted=None):
@@ -112,52 +109,53 @@ def run(pair, case, dtype, put, wanted=None):
     return [y, *(pair[1](need, put(dy), saved) if any(need) else ())]
 
 
-def agree(case, dtype, tolerance, wanted=None):
-    operation = getattr(ops, case[0])
-    plain = run((operation.forward, operation.backward), case, dtype, np.asarray, wanted)
-    for actual, expected in zip(run(fused_pair(case[0]), case, dtype, standin_cupy.device, wanted), plain, strict=True):
-        assert (actual is None) == (expected is None)
-        if expected is not None:
-            close(actual, np.asarray(expected), tolerance)
+@functools.cache
+def plainly(name, dtype, wanted):
+    operation = getattr(ops, CASES[name][0])
+    return run((operation.forward, operation.backward), CASES[name], dtype, np.asarray, wanted)
+
+
+def fused_result(case, dtype, wanted=None):
+    return run(getattr(ops, case[0]).forms["cupy"], case, dtype, standin_cupy.device, wanted)
+
+
+def agree(name, dtype, tolerance, wanted=None) -> bool:
+    pairs = zip(fused_result(CASES[name], dtype, wanted), plainly(name, dtype, wanted), strict=True)
+    return all(close(actual, expected, tolerance) for actual, expected in pairs)
 
 
 # -------------------------------------------------------------------------------- equal to the plain form
 
 
-@each_dtype
 @pytest.mark.parametrize("name", CASES)
-def test_a_fused_pair_equals_the_plain_one(name, dtype):
-    agree(CASES[name], dtype, TOLERANCE[dtype])
+def test_a_fused_pair_equals_the_plain_one_for_every_choice_of_gradients(name):
+    names = list(CASES[name][1])
+    for choice in itertools.product([False, True], repeat=len(names)):
+        wanted = tuple(itertools.compress(names, choice))
+        assert agree(name, np.float64, 1e-10 if name in EXTREME else 1e-12, wanted), wanted
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "gelu", "attention, last 2 of 5", "cross_entropy"])
-def test_it_does_so_for_every_choice_of_gradients(name):
-    for choice in itertools.product([False, True], repeat=len(CASES[name][1])):
-        agree(CASES[name], np.float64, 1e-12, list(itertools.compress(CASES[name][1], choice)))
-
-
-@pytest.mark.parametrize("name", EXTREME)
-def test_extreme_values(name):
-    agree(EXTREME[name], np.float64, 1e-10)
-    for array in run(fused_pair(EXTREME[name][0]), EXTREME[name], np.float32, standin_cupy.device):
-        assert np.isfinite(array._host).all()
+@pytest.mark.parametrize("name", CASES)
+def test_it_does_so_in_float32(name):
+    if name in EXTREME:
+        assert all(np.isfinite(array._host).all() for array in fused_result(CASES[name], np.float32))
+    else:
+        assert agree(name, np.float32, 1e-5)
 
 
 def test_a_logit_of_minus_infinity_is_a_probability_of_zero():
     logits = np.array([[-np.inf, 0.0, -np.inf, 0.0], [-np.inf, -np.inf, 1.0, -np.inf]])
-    case = "cross_entropy", {"logits": logits}, {"targets": np.array([1, 2])}
-    loss, dlogits = run(fused_pair("cross_entropy"), case, np.float64, standin_cupy.device)
+    loss, dlogits = fused_result(("cross_entropy", {"logits": logits}, {"targets": np.array([1, 2])}), np.float64)
     np.testing.assert_allclose(loss._host, np.log(2.0) / 2)
     assert not dlogits._host[np.isinf(logits)].any() and dlogits._host.any()
 
 
 def test_layer_norm_of_a_shifted_row_loses_nothing():
     """The sum of squares less the square of the sum would: in float32 nothing is left of the variance."""
-    x, one, zero = (normal(4, 64) + 1e4).astype(np.float32), np.ones(64), np.zeros(64)
+    x = (normal(4, 64) + 1e4).astype(np.float32)
     exact = x.astype(np.float64)
     exact = (exact - exact.mean(1, keepdims=True)) / np.sqrt(exact.var(1, keepdims=True) + 1e-5)
-    case = "layer_norm", {"x": x, "g": one, "b": zero}, {}
-    y, *_ = run(fused_pair("layer_norm"), case, np.float32, standin_cupy.device)
+    y, *_ = fused_result(("layer_norm", {"x": x, "g": np.ones(64), "b": np.zeros(64)}, {}), np.float32)
     np.testing.assert_allclose(y._host, exact, atol=3e-3)  # an entry of 1e4 is itself rounded to 1e-3
 
 
@@ -188,7 +186,7 @@ def test_a_step_launches_about_as_often_as_notebook_10_says():
     text = (Path(__file__).parents[2] / "notebooks" / "10_gpu.py").read_text(encoding="utf-8")
     (said,) = re.findall(r"^LAUNCHES = (\d+)$", text, re.MULTILINE)
     gpt = minilora.adapt(minilora.pretrained().to("cuda"), "lora", verbose=False)
-    ids = np.random.default_rng(0).integers(0, 96, (8, 129))
+    ids = np.random.default_rng(0).integers(0, 96, (1, 17))
     standin_cupy.launches.clear()
     minilora.train(gpt, AdamW(gpt.trainable(), 5e-3), [(ids[:, :-1], ids[:, 1:])], steps=1, progress=False)
     assert len(standin_cupy.launches) == pytest.approx(int(said), rel=0.1)
@@ -200,7 +198,7 @@ def test_the_host_and_complex_arrays_take_the_plain_form():
     assert not launched()
 
 
-def adamw(put, dtype, scale=16.0):
+def adamw(put, dtype, scale):
     params = {"W": Parameter(put(normal(3, 4).astype(dtype)), lr_scale=scale), "b": Parameter(put(np.ones(5, dtype)))}
     optimizer = AdamW(params, 1e-2, weight_decay=0.1, clip=1.0, eps=1e-6, betas=(0.8, 0.99))
     for step in range(20):
@@ -211,25 +209,28 @@ def adamw(put, dtype, scale=16.0):
     return [getattr(a, "_host", a) for a in (optimizer.data, optimizer.m, optimizer.v)]
 
 
-@each_dtype
-@pytest.mark.parametrize("scale", [1.0, 16.0])
-def test_adamw_equals_the_plain_one(dtype, scale):
+def adamw_agrees(dtype, scale, tolerance) -> bool:
     pairs = zip(adamw(standin_cupy.device, dtype, scale), adamw(np.asarray, dtype, scale), strict=True)
-    for actual, expected in pairs:
-        close(actual, expected, TOLERANCE[dtype])
+    return all(close(actual, expected, tolerance) for actual, expected in pairs)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 1e-5)])
+@pytest.mark.parametrize("scale", [1.0, 16.0])
+def test_adamw_equals_the_plain_one(dtype, tolerance, scale):
+    assert adamw_agrees(dtype, scale, tolerance)
     assert launched() == 20 * ["minilora_adamw"]
 
 
 # -------------------------------------------------------------------------------- every statement matters
 
-FACTORS = ("1.1", "-1", "0")
+FACTORS = ("1.1", "-1")
 STATEMENT = re.compile(r"^(?P<head>\s*(?:T )?[\w\[\] /]+ -?= |\s*return (?=from))(?P<value>.*?)(?P<tail>;.*)$")
 CONDITION = re.compile(r"^(?P<head>\s*if )(?P<value>\(.*?\))(?P<tail>(?: return .*)?)$")
 FREE = ("Moments(T(1.1) * (1), x)", "Moments(T(-1) * (1), x)")  # the unit that entries are counted in cancels
 
 
 def broken_lines(source):
-    """Each mutant of a C++ text: a value scaled, negated or zeroed, a condition turned round."""
+    """Each mutant of a C++ text: a value scaled or negated, a condition turned round."""
     lines = source.split("\n")
     for k, line in enumerate(lines):
         values = []
@@ -270,35 +271,26 @@ def disagreement(name):
     """Whether the kernel ``name`` lets its operation differ from the plain form."""
     operation = USERS.get(name) or next(u for u in [*LAUNCHES, "adamw", "softmax"] if name.startswith(u))
     operation = USERS.get(operation, operation)
-    cases = [key for key in EXTREME | CASES if key in (operation, f"{operation}, wide") or key in EXTREME]
-    try:
-        if operation == "adamw":
-            for one, other in zip(adamw(standin_cupy.device, float), adamw(np.asarray, float), strict=True):
-                close(one, other, 1e-12)
-        for key in cases:
-            if (EXTREME | CASES)[key][0] == operation:
-                agree((EXTREME | CASES)[key], np.float64, 1e-10)
-                agree((EXTREME | CASES)[key], np.float64, 1e-10, ())
-    except AssertionError:
-        return True
-    return False
+    if operation == "adamw":
+        return not adamw_agrees(np.float64, 16.0, 1e-12)
+    telling = {operation, f"{operation}, wide"} | EXTREME.keys()
+    cases = [key for key in CASES if key in telling and CASES[key][0] == operation]
+    return not all(agree(key, np.float64, 1e-10, wanted) for key in cases for wanted in (None, ()))
 
 
 def test_each_broken_statement_is_seen(monkeypatch):
     """In one test, since all of them are compiled in one call of the compiler."""
     assert not any(map(disagreement, [*fused.ELEMENTWISE, *fused.REDUCTION]))
-    signatures, found, sources = set(emulation.signatures), list(mutants()), {}
-    whole = "\n".join(itertools.chain(*fused.ELEMENTWISE.values(), *fused.REDUCTION.values())).split("\n")
+    found, sources, passed = list(mutants()), {}, []
     for table, name, definition in found:
         with broken(monkeypatch, table, name, definition):
-            kernel = fused.kernel(sys.modules["cupy"], name)
-            sources.update(kernel.source(*signature) for user, *signature in signatures if user == kernel.name)
+            source, text = fused.kernel(sys.modules["cupy"], name).source(T="float64", I="int64")
+            sources[source] = text
     emulation.build(sources)
-    passed = []
     for table, name, definition in found:
         with broken(monkeypatch, table, name, definition), np.errstate(all="ignore"):
             if not disagreement(name):
-                passed.append((name, [line for line in "\n".join(definition).split("\n") if line not in whole]))
+                passed.append((name, definition))
     assert len(found) > 100 and not passed
 
 

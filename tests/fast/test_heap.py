@@ -12,29 +12,22 @@ from minilora.training import trainer
 pytestmark = pytest.mark.quick
 
 
-def test_train_calls_it_before_the_first_step():
+def test_train_calls_it_before_the_first_step_and_may_do_so_again():
     assert keep_heap in trainer.PREPARATIONS
+    assert keep_heap() is keep_heap()
 
 
-def test_keep_heap_may_be_called_twice():
-    first, second = keep_heap(), keep_heap()
-    assert isinstance(first, bool)
-    assert first == second
+def no_library(name):
+    raise OSError("no such library")
 
 
-def test_keep_heap_is_for_linux_only(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert keep_heap() is False
-
-
-@pytest.mark.parametrize("library", [types.SimpleNamespace(), OSError("no such library")])
-def test_keep_heap_does_without_mallopt(monkeypatch, library):
-    def load(name):
-        if isinstance(library, OSError):
-            raise library
-        return library
-
-    monkeypatch.setattr(sys, "platform", "linux")
+@pytest.mark.parametrize(
+    ("platform", "load"),
+    [("darwin", ctypes.CDLL), ("linux", lambda name: types.SimpleNamespace()), ("linux", no_library)],
+    ids=["elsewhere", "no mallopt", "no library"],
+)
+def test_keep_heap_does_without_glibc(monkeypatch, platform, load):
+    monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(ctypes, "CDLL", load)
     assert keep_heap() is False
 

@@ -1,6 +1,6 @@
 """The faster host computes what the plain one computes, for every method, and calls the method with its real arrays."""
 
-import math
+import itertools
 import sys
 import textwrap
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from minilora import methods
-from minilora.adapter import AdaptedLinear, Adapter
+from minilora.adapter import AdaptedLinear
 from minilora.engine import Tensor, backward, plain
 from minilora.fast import host as fast
-from minilora.fast.products import THIN, chain, product
+from minilora.fast.products import chain, product
 from minilora.nn import Linear
 
 pytestmark = pytest.mark.quick
@@ -50,7 +50,7 @@ def passed(layer, x, need_dx=True):
 
 
 @every_method
-@pytest.mark.parametrize(("N", "d_out", "d_in"), [(300, 24, 40), (5, 24, 40), (256, 300, 70), (1, 6, 7)])
+@pytest.mark.parametrize(("N", "d_out", "d_in"), [(300, 24, 40), (256, 300, 70), (1, 6, 7)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 5e-5)])
 def test_it_equals_the_plain_host(name, N, d_out, d_in, dtype, tolerance):
     layer = layer_of(methods.create(name, **methods.known(name, r=3)), d_out, d_in, dtype)
@@ -102,7 +102,7 @@ def test_the_method_sees_its_real_arrays_line_by_line():
 def method_from(tmp_path, body, name="probe"):
     """The Adapter class of a file whose forward and backward are ``body``."""
     source = "from dataclasses import dataclass\nimport numpy as np\nfrom minilora.adapter import Adapter\n\n\n"
-    source += "@dataclass(frozen=True)\nclass Probe(Adapter):\n" + textwrap.indent(textwrap.dedent(body), "    ")
+    source += "@dataclass(frozen=True)\nclass Probe(Adapter):\n" + textwrap.indent(body, "    ")
     path = tmp_path / f"{name}.py"
     path.write_text(source)
     namespace = {"__name__": f"minilora.methods.{name}"}
@@ -111,65 +111,55 @@ def method_from(tmp_path, body, name="probe"):
     return module.Probe, path
 
 
-def test_a_name_that_is_assigned_twice_is_not_taken_for_the_first(tmp_path):
-    """x changes between h = x @ G and x @ F + h @ E, so that the sum is not x @ (F + G @ E)."""
-    cls, _ = method_from(
-        tmp_path,
-        """
-        def forward(self, x, W, p):
-            h = x @ W.T
-            x = 2.0 * x
-            y = x @ W.T + h @ np.eye(len(W))
-            return y, {"x": x}
+PROBE = """
+def forward(self, x, W, p):
+    h = x @ W.T
+    x = 2.0 * x
+    y = x @ W.T + h @ np.eye(len(W))
+    return y, {"x": x}
 
-        def backward(self, dy, saved, W, p):
-            dx = 3.0 * (dy @ W)
-            return dx, {}
-        """,
-    )
-    x, W = random(50, 4), random(3, 4)
-    np.testing.assert_allclose(fast.rewritten(cls.forward)(cls(), x, W, {})[0], 3.0 * x @ W.T, rtol=1e-12)
-    assert fast.rewritten(cls.backward, "dx")(cls(), random(50, 3), {}, W, {})[0] is None
+def backward(self, dy, saved, W, p):
+    dx = 3.0 * (dy @ W)
+    return dx, {}
+
+def uses_dx(self, dy, saved, W, p):
+    dx = dy @ W
+    return dx, {"a": dx.sum(axis=0)}
+"""
 
 
-def test_dx_that_another_line_uses_is_computed(tmp_path):
-    cls, _ = method_from(
-        tmp_path,
-        """
-        def backward(self, dy, saved, W, p):
-            dx = dy @ W
-            return dx, {"a": dx.sum(axis=0)}
-        """,
-        "uses_dx",
-    )
-    dx, grads = fast.rewritten(cls.backward, "dx")(cls(), random(5, 3), {}, random(3, 4), {})
+def test_lines_that_cannot_be_taken_together_or_left_out_are_not(tmp_path):
+    """x changes between h = x @ G and x @ F + h @ E, so that the sum is not x @ (F + G @ E); a line may use dx."""
+    cls, _ = method_from(tmp_path, PROBE)
+    x, dy, W = random(50, 4), random(50, 3), random(3, 4)
+    forward = fast.rewritten(cls.forward)
+    assert forward is not cls.forward
+    np.testing.assert_allclose(forward(cls(), x, W, {})[0], cls().forward(x, W, {})[0], rtol=1e-12)
+    assert fast.rewritten(cls.backward, "dx")(cls(), dy, {}, W, {})[0] is None
+    dx, grads = fast.rewritten(cls.uses_dx, "dx")(cls(), dy, {}, W, {})
     np.testing.assert_array_equal(grads["a"], dx.sum(axis=0))
 
 
 def test_a_file_that_has_changed_since_and_code_with_super_run_as_they_are(tmp_path):
     cls, path = method_from(tmp_path, "def forward(self, x, W, p):\n    return x @ W.T, {}\n", "changed")
     path.write_text(path.read_text().replace("x @ W.T", "x @ W.T + 1.0"))
-    assert fast.rewritten(cls.forward) is cls.forward
 
     class Child(methods.get("lora")):
         def forward(self, x, W, p):
             return super().forward(x, W, p)
 
-    assert fast.rewritten(Child.forward) is Child.forward
-    assert fast.rewritten(len) is len
-    assert issubclass(Child, Adapter)
+    for function in (cls.forward, Child.forward, len):
+        assert fast.rewritten(function) is function
 
 
-@pytest.mark.parametrize(
-    "shape", [(640, 200, 8), (640, 8, 300), (8, 6400, 40), (1000, 3, 700), (7, 5, 3), (200, 200, 200)]
-)
-@pytest.mark.parametrize("layout", ["rows", "columns"])
-def test_a_product_of_any_shape_and_layout(shape, layout):
+SIZES = [(640, 200, 8), (640, 8, 300), (8, 6400, 40), (1000, 3, 700), (7, 5, 3), (200, 200, 200)]
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_a_product_of_any_shape_and_layout(shape):
     M, K, N = shape
-    for turn_a, turn_b in ((False, False), (True, False), (False, True), (True, True)):
+    for turn_a, turn_b in itertools.product([False, True], repeat=2):  # a C-contiguous array, and a view of one
         a, b = random(K, M).T if turn_a else random(M, K), random(N, K).T if turn_b else random(K, N)
-        if layout == "columns":
-            a, b = np.asfortranarray(a), np.asfortranarray(b)
         close(product(a, b), a @ b, 1e-12)
         close(product(a.astype(np.float32), b.astype(np.float32)), (a @ b).astype(np.float32), 1e-4)
 
@@ -180,18 +170,9 @@ def test_what_is_no_plain_product_is_left_to_numpy():
         np.testing.assert_array_equal(product(x, y), x @ y)
     with pytest.raises(ValueError, match="mismatch"):
         product(a, b[1:])
-    assert THIN >= 8
 
 
 @pytest.mark.parametrize("N", [3, 500])
 def test_a_chain_is_the_sum_of_its_products(N):
     x, F, G, E = random(N, 40), random(40, 24), random(40, 3), random(3, 24)
     close(chain(x, F, x @ G, G, E), x @ F + (x @ G) @ E, 1e-12)
-
-
-def test_the_bias_is_added_to_a_copy():
-    layer = layer_of(methods.create("full"), 6, 7, np.float64)
-    x = random(9, 7)
-    y, bias = layer(Tensor(x)), layer.base.b.data
-    np.testing.assert_allclose(y.data - bias, x @ layer.p.W.T, rtol=1e-12, atol=1e-14)
-    assert math.isfinite(float(y.data.sum()))

@@ -9,13 +9,13 @@ import importlib.metadata
 
 import numpy as np
 import pytest
+from standin_cupy.kernels import NUMBERS
 
 from minilora.fast import fused
 
 pytestmark = pytest.mark.nvrtc
 ARCHITECTURE = 80  # compute capability 8.0
 TYPES = {"bool": np.dtype(bool), "int64": np.dtype(np.int64), "I": np.dtype(np.int64)}  # T is each test's
-SCALARS = ["eps", "width", "keys", "first", "scale", "beta1", "rest1", "beta2", "rest2", "rate", "correction"]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def unit(cupy, name, dtype, change=("", "")):
     array, indexer, scalar = (1, cupy.ndarray), (2, _carray.Indexer), (3, _scalar.CScalar)  # _ArgKind of _kernel.pxd
     infos = [
         _kernel._ArgInfo(*scalar, types[kind], 0, True, True)
-        if word in SCALARS
+        if word in NUMBERS
         else _kernel._ArgInfo(*array, types[kind], 3, False, True)
         for *_, kind, word in params
     ]

@@ -9,7 +9,7 @@ from twice import METHODS, assert_all_close, assert_close, batches, model, train
 import minilora
 from minilora.backend import to_host
 from minilora.data import CharTokenizer, fixed_batches, load_corpus
-from minilora.files.base import fingerprint, load_model, save_model
+from minilora.files.base import fingerprint
 from minilora.files.checkpoint import load_adapter, save_adapter
 
 pytestmark = pytest.mark.gpu
@@ -64,25 +64,6 @@ def test_activation_checkpointing_and_gradient_accumulation_give_the_same_gradie
         assert_all_close(other, {name: to_host(grad) for name, grad in grads[0].items()}, 1e-12, "the gradient")
 
 
-def test_dropout_is_drawn_on_the_host(cupy):
-    config = minilora.GPTConfig(vocab_size=40, n_positions=24, n_embd=32, n_layer=2, n_head=4, dropout=0.3)
-    ids, targets = next(batches())
-    here, there = (
-        model(np.float64, d, 0, config).loss(ids, targets, np.random.default_rng(5)) for d in ("cpu", "cuda")
-    )
-    assert_close(there.data, np.asarray(here.data), 1e-12, "the loss with dropout")
-
-
-def test_sgd_with_momentum(cupy):
-    seen = []
-    for device in ("cpu", "cuda"):
-        gpt = minilora.adapt(model(np.float64, device), "lora_plus", verbose=False)
-        optimizer = minilora.SGD(gpt.trainable(), lr=0.1, momentum=0.9, weight_decay=0.01, clip=0.5)
-        minilora.train(gpt, optimizer, batches(), 10, progress=False)
-        seen.append(weights(gpt))
-    assert_all_close(seen[1], seen[0], 1e-10, "SGD")
-
-
 # ---------------------------------------------------------------------------------------- sampling, files, memory
 
 
@@ -112,13 +93,6 @@ def test_an_adapter_trained_on_the_gpu_is_loaded_on_the_cpu(cupy, name, tmp_path
     ids, targets = next(batches(seed=1))
     assert_close(gpt.loss(ids, targets).data, np.asarray(loaded.loss(ids, targets).data), 1e-5, "the loss")
     assert float(again.loss(ids, targets).data) == float(gpt.loss(ids, targets).data)
-
-
-def test_a_base_model_saved_from_the_gpu(cupy, tmp_path):
-    gpt = model(np.float32, "cuda")
-    save_model(tmp_path / "base.safetensors", gpt)
-    for key, p in weights(load_model(tmp_path / "base.safetensors")).items():
-        assert np.array_equal(p, to_host(weights(gpt)[key]))
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recompute"])

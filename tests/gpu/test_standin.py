@@ -37,16 +37,12 @@ MIXED = "Unsupported type <class 'numpy.ndarray'>"
 REFUSED = {
     "np.asarray(x)": IMPLICIT,
     "np.sqrt(x)": IMPLICIT,
-    "np.add(x, x)": IMPLICIT,
     "np.sum(x)": IMPLICIT,
-    "np.concatenate([x, x])": IMPLICIT,
     "x + h": MIXED,
-    "h @ x": MIXED,
-    "x * np.array(2.0)": MIXED,
     "x == h": MIXED,
     "x.__iadd__(h)": MIXED,
-    "h.__iadd__(x)": MIXED,
     "x.__setitem__(0, h)": MIXED,
+    "h.__iadd__(x)": MIXED,
     "x[np.array([0, 1])]": MIXED,
     "x.fill(np.array(1.0))": MIXED,
     "xp.multiply(x, 2.0, out=h)": MIXED,
@@ -54,15 +50,10 @@ REFUSED = {
     "xp.exp([1.0])": "Unsupported type <class 'list'>",
     "xp.add.at(x, 0, h)": MIXED,
     "xp.add.at(x.astype(complex), i, x)": "scatter_add only supports",
-    "xp.matmul(x, x, out=h)": MIXED,
     "xp.matmul(x, x, axes=[(0, 1)] * 3)": "axes",
     "xp.concatenate([x, h])": MIXED,
     "xp.stack([1.0, 2.0])": "Unsupported type <class 'float'>",
-    "xp.where(x > 0, h, x)": MIXED,
-    "xp.einsum('i,i->', x, h)": MIXED,
-    "xp.zeros_like(h)": MIXED,
     "x.sum(where=x > 0)": "where",
-    "x.max(initial=0.0)": "initial",
     "xp.zeros(3, device='cuda')": "device",
     "hash(x)": "unhashable",
 }
@@ -78,15 +69,6 @@ def test_what_cupy_or_the_tables_do_not_have_is_missing(cupy):
     for code in ("xp.errstate", "xp.random", "xp.RawKernel", "x.std", "x.tobytes", "x.cumsum", "x.flat"):
         with pytest.raises(AttributeError):
             in_the_library(code, x=cupy.ones(3), xp=cupy)
-
-
-def test_a_test_may_mix_the_two(cupy):
-    x, h = cupy.arange(3.0), np.arange(3.0)
-    np.testing.assert_array_equal(x, h)
-    assert type(x + h) is np.ndarray and type(np.sqrt(x)) is np.ndarray and type(x + x) is ndarray
-    assert x.sum() == pytest.approx(3.0) and f"{x.sum():.1f}" == "3.0" and float(x.std()) == h.std()
-    h += x
-    assert h.tolist() == [0.0, 2.0, 4.0] and not waits
 
 
 def test_results_are_arrays_in_the_dtype_of_arrays(cupy):
@@ -169,6 +151,11 @@ def arrays_of(gpt):
     return {k: to_host(p.data).copy() for k, p in gpt.named_parameters()}
 
 
+def assert_same(there, here):
+    for name, array in here.items():
+        np.testing.assert_array_equal(to_host(there[name]), array, err_msg=name)
+
+
 @pytest.mark.parametrize("name", methods.names())
 def test_a_training_is_the_host_s_and_waits_once_a_step(cupy, name):
     losses = []
@@ -176,9 +163,9 @@ def test_a_training_is_the_host_s_and_waits_once_a_step(cupy, name):
         gpt = model(name, device)
         optimizer = AdamW(gpt.trainable(), 0.01, weight_decay=0.1, clip=1.0)
         waits.clear()
-        losses.append(run(gpt, optimizer, 4, rng=np.random.default_rng(0), micro_batches=2).loss)
+        losses.append(run(gpt, optimizer, 3, rng=np.random.default_rng(0), micro_batches=2).loss)
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    assert len(waits) == 4 + len(gpt.trainable())  # once in a run it looks for lost gradients
+    assert len(waits) == 3 + len(gpt.trainable())  # once in a run it looks for lost gradients
     assert [Path(file).name for file in waits[:2]] == ["backend.py"] * 2  # fetch
     tokens = [model(name, device).generate(batch()[0][:, :3], 4, 0.0) for device in ("cpu", "cuda")]
     np.testing.assert_array_equal(*tokens)
@@ -186,8 +173,9 @@ def test_a_training_is_the_host_s_and_waits_once_a_step(cupy, name):
 
 def test_the_page_s_python_runs(cupy):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8"), re.DOTALL)
-    names = {}
-    exec(compile(block, "docs/gpu.md", "exec"), names)
+    names, small = {}, block.replace("batch=8, context=128", "batch=1, context=16")
+    assert small != block
+    exec(compile(small, "docs/gpu.md", "exec"), names)
     assert type(next(iter(names["model"].trainable().values())).data) is ndarray
     assert np.isfinite(names["history"].loss).all()
 
@@ -205,10 +193,8 @@ def test_a_step_that_is_not_finite_moves_nothing(cupy, value, where, monkeypatch
     before, state = arrays_of(gpt), {k: to_host(v).copy() for k, v in optimizer.state().items() if hasattr(v, "shape")}
     with pytest.raises(TrainingStopped, match=f"{where}.* is (inf|nan); lower the learning rate"):
         run(gpt, optimizer, 1, micro_batches=2)
-    for k, a in arrays_of(gpt).items():
-        np.testing.assert_array_equal(a, before[k])
-    for k, a in state.items():
-        np.testing.assert_array_equal(to_host(optimizer.state()[k]), a)
+    assert_same(arrays_of(gpt), before)
+    assert_same(optimizer.state(), state)
 
 
 def test_ids_are_checked_on_the_host_and_on_the_device(cupy):
@@ -222,20 +208,16 @@ def test_ids_are_checked_on_the_host_and_on_the_device(cupy):
     assert same == float(gpt.loss(ids, targets).data)
 
 
-def test_an_adapted_model_moves_with_all_that_it_remembers(cupy):
+def test_a_model_moves_with_all_that_it_remembers(cupy):
     gpt = model("pissa", "cpu")
     merge(gpt)
     original = arrays_of(unload(model("pissa", "cpu")))
     gpt.to("cuda")
     with no_grad():
         assert type(gpt(batch()[0]).data) is ndarray
-    for k, p in unload(gpt).named_parameters():
-        assert type(p.data) is ndarray, k
-        np.testing.assert_array_equal(p.data, original[k])
-
-
-def test_a_gradient_that_was_added_moves_too(cupy):
-    gpt = model(None, "cpu")
+    assert all(type(p.data) is ndarray for _, p in unload(gpt).named_parameters())
+    assert_same(arrays_of(gpt), original)
+    gpt = model(None, "cpu")  # and a gradient that was added
     backward(gpt.loss(*batch()))
     backward(gpt.to("cuda").loss(*batch()))
     assert all(type(p.grad) is ndarray for p in gpt.trainable().values())

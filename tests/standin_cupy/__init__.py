@@ -51,7 +51,7 @@ FUNCTIONS = {
 SCATTERED = ["int32", "float16", "float32", "float64", "uint32", "uint64"]  # the dtypes of CuPy's add.at
 OPERATORS = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"]
 IN_PLACE = ["add", "sub", "mul", "truediv", "pow"]
-COMPARISONS = ["eq", "ne", "lt", "le", "gt", "ge"]
+COMPARISONS, UNARY = ["eq", "ne", "lt", "le", "gt", "ge"], ["neg", "abs", "invert"]
 
 
 # ------------------------------------------------------------------------------------------------ who is asking
@@ -207,15 +207,6 @@ class ndarray:  # noqa: N801
         note("setitem", library)
         self._host[hosts(index, library)] = hosts(value, library)
 
-    def __neg__(self):
-        return wrap(-self._host)
-
-    def __abs__(self):
-        return wrap(abs(self._host))
-
-    def __invert__(self):
-        return wrap(~self._host)
-
     def __deepcopy__(self, memo):
         return ndarray(self._host.copy())
 
@@ -256,6 +247,8 @@ def binary(name, swapped=False):
     return method
 
 
+for name in UNARY:
+    setattr(ndarray, f"__{name}__", lambda self, name=name: wrap(getattr(operator, name)(self._host)))
 for name in ATTRIBUTES:
     setattr(ndarray, name, property(operator.attrgetter(f"_host.{name}")))
 for name in VIEWS:

@@ -11,6 +11,7 @@ import math
 import shutil
 import subprocess
 import tempfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,18 @@ PRELUDE = """#include <cmath>
 #define __device__
 using std::exp; using std::log; using std::tanh; using std::sqrt;
 """
+SOURCE = """namespace {name} {{
+{letters}
+{preamble}
+extern "C" void {name}(void** _args, ptrdiff_t _rows, ptrdiff_t _n) {{
+  {once}
+  {body}
+}}}}
+"""
 ELEMENTWISE = """
 for (ptrdiff_t i = _n - 1; i >= 0; --i) {{
   {entries}
+  {results}
   {operation};
 }}"""
 REDUCTION = """
@@ -51,115 +61,131 @@ for (ptrdiff_t _row = _rows - 1; _row >= 0; --_row) {{
   {type} a = _part[0];
   {post};
 }}"""
+# The parameters for which fused.py hands over numbers; all others are arrays.
+NUMBERS = ["eps", "width", "keys", "first", "scale", "beta1", "rest1", "beta2", "rest2", "rate", "correction"]
 compiled = {}  # the functions by name, which is a hash of the source
-signatures = set()  # (kernel's name, dtypes by letter, numbers by index) of what was launched
 
 
 class Kernel:
-    """``in_params`` and ``out_params`` are texts such as "T x, raw I y": one letter is a template's type."""
+    """``in_params`` and ``out_params`` are texts such as "T x, raw I y": one letter is a template's type.
 
-    preamble = ""
+    ``body``: a C++ template, which ``parts`` fill in.
+    """
 
-    def __init__(self, in_params, out_params, name):
+    def __init__(self, in_params, out_params, name, preamble, body, **parts):
         inputs, outputs = ([p.split() for p in text.split(",")] for text in (in_params, out_params))
-        self.inputs, self.params, self.name, self.sources = len(inputs), inputs + outputs, name, {}
+        self.inputs, self.params, self.name = len(inputs), inputs + outputs, name
+        self.preamble, self.body, self.parts = preamble, body, parts
+        self.functions = {}  # compiled, by which parameters are numbers and by dtypes
 
     def take(self, args):
-        """(host arrays and numbers, the dtype of each letter) of a launch, refused as CuPy refuses them."""
+        """(host arrays and numbers, the dtype's name of each letter) of a launch, refused as CuPy refuses them."""
         if len(args) != len(self.params):
             raise TypeError(f"Wrong number of arguments for {self.name!r}")
-        types = {}
+        letters = {}
         for (*_, kind, _), a in zip(self.params, args, strict=True):
             if not isinstance(a, ndarray | bool | int | float | np.number | np.bool_):
                 raise unsupported(a)
             if isinstance(a, ndarray):
-                expected = types.setdefault(kind, a.dtype if len(kind) == 1 else np.dtype(kind))
-                if expected != a.dtype:
+                expected = letters.setdefault(kind, a.dtype.name) if len(kind) == 1 else kind
+                if expected != a.dtype.name:
                     raise TypeError(f"Type is mismatched: {kind} is {expected}, the array is {a.dtype}")
         if not all(isinstance(a, ndarray) for a in args[self.inputs :]):
             raise TypeError("Output arguments type must be cupy.ndarray")
-        return [getattr(a, "_host", a) for a in args], {k: v.name for k, v in types.items() if len(k) == 1}
+        return [getattr(a, "_host", a) for a in args], letters
 
-    def launch(self, hosts, types, shape, left, rows, n):
+    def launch(self, hosts, letters, shape, left, rows, n):
         """Run the kernel with inputs of ``shape``; outputs have the shape ``left`` and are written in place."""
-        scalars = [k for k, h in enumerate(hosts) if not isinstance(h, np.ndarray)]
-        ready = []
+        launches.append(self.name)
+        ready, numbers = [], []
         for k, ((*raw, kind, _), host) in enumerate(zip(self.params, hosts, strict=True)):
             if k >= self.inputs and not raw and host.shape != left:
                 raise ValueError("Out shape is mismatched")
-            array = np.asarray(host, types.get(kind, kind))
-            whole = raw or k in scalars or k >= self.inputs
-            ready.append(np.ascontiguousarray(array if whole else np.broadcast_to(array, shape)))
-        signature = tuple(types.items()), tuple(scalars)
-        signatures.add((self.name, *signature))
-        launches.append(self.name)
+            array = np.asarray(host, letters.get(kind, kind))
+            if not isinstance(host, np.ndarray):
+                numbers.append(k)
+            elif not raw and k < self.inputs:
+                array = np.broadcast_to(array, shape)
+            ready.append(np.ascontiguousarray(array))
         if rows and n:
-            if signature not in self.sources:
-                self.sources[signature] = self.source(*signature)
-                build(dict([self.sources[signature]]))
-            name, _ = self.sources[signature]
-            compiled[name]((ctypes.c_void_p * len(ready))(*(a.ctypes.data for a in ready)), rows, n)
+            key = *numbers, *letters.values()
+            if key not in self.functions:
+                build_the_library_s()
+                name, text = self.source(numbers, **letters)
+                build({name: text})
+                self.functions[key] = compiled[name]
+            self.functions[key]((ctypes.c_void_p * len(ready))(*(a.ctypes.data for a in ready)), rows, n)
         for host, array in zip(hosts[self.inputs :], ready[self.inputs :], strict=True):
             if array is not host:
                 host[...] = array
 
-    def source(self, types, scalars):
-        """(name, text) of the C++ function for these dtypes by letter and numbers by index, in its own namespace."""
+    def source(self, numbers=None, **letters):
+        """(name, text) of the C++ function for these dtypes of the letters, in its own namespace.
+
+        ``numbers``: the indices of the parameters that are numbers and not arrays; by their names, if not given.
+        """
+        if numbers is None:
+            numbers = [k for k, (*_, name) in enumerate(self.params) if name in NUMBERS]
         once, entries, results = [], [], []
         for k, (*raw, kind, name) in enumerate(self.params):
-            const, kind = "const " if k < self.inputs else "", C_TYPES.get(kind, kind)
-            array = f"(({const}{kind}*)_args[{k}])"
+            kind = "const " * (k < self.inputs) + C_TYPES.get(kind, kind)
             if raw:
-                once.append(f"{const}{kind}* {name} = {array};")
-            elif k in scalars:
-                once.append(f"{const}{kind}& {name} = *{array};")
+                once.append(f"{kind}* {name} = ({kind}*)_args[{k}];")
+            elif k in numbers:
+                once.append(f"{kind}& {name} = *({kind}*)_args[{k}];")
             else:
-                (entries if k < self.inputs else results).append(f"{const}{kind}& {name} = {array}[i];")
-        letters = [f"typedef {C_TYPES[dtype]} {letter};" for letter, dtype in types]
-        body = "\n".join([*once, self.body("\n".join(entries), "\n".join(results))])
-        name = "k" + hashlib.sha256(repr((letters, self.preamble, body)).encode()).hexdigest()[:16]
-        head = f'extern "C" void {name}(void** _args, ptrdiff_t _rows, ptrdiff_t _n) {{'
-        return name, "\n".join([f"namespace {name} {{", *letters, self.preamble, head, body, "}}\n"])
+                (entries if k < self.inputs else results).append(f"{kind}& {name} = (({kind}*)_args[{k}])[i];")
+        parts = self.parts | {"entries": "\n".join(entries), "results": "\n".join(results)}
+        used = {kind for *_, kind, _ in self.params}
+        parts = {
+            "letters": "".join(f"typedef {C_TYPES[dtype]} {kind};" for kind, dtype in letters.items() if kind in used),
+            "preamble": self.preamble,
+            "once": "\n".join(once),
+            "body": self.body.format(**parts),
+        }
+        name = "k" + hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return name, SOURCE.format(name=name, **parts)
 
 
 class ElementwiseKernel(Kernel):
     def __init__(self, in_params, out_params, operation, name="kernel"):
-        super().__init__(in_params, out_params, name)
-        self.operation = operation
-
-    def body(self, entries, results):
-        return ELEMENTWISE.format(entries=entries + results, operation=self.operation)
+        super().__init__(in_params, out_params, name, "", ELEMENTWISE, operation=operation)
 
     def __call__(self, *args):
-        hosts, types = self.take(args)
+        hosts, letters = self.take(args)
         shape = np.broadcast_shapes(*(np.shape(h) for h, p in zip(hosts, self.params, strict=True) if "raw" not in p))
-        self.launch(hosts, types, shape, shape, 1, math.prod(shape))
+        self.launch(hosts, letters, shape, shape, 1, math.prod(shape))
 
 
 class ReductionKernel(Kernel):
     def __init__(
-        self, in_params, out_params, map_expr, reduce_expr, post_map_expr, identity, name="reduce_kernel",
-        reduce_type=None, preamble="",
+        self, in_params, out_params, map_expr, reduce_expr, post_map_expr, identity, name, reduce_type, preamble="",
     ):  # fmt: skip
-        super().__init__(in_params, out_params, name)
-        self.parts = {"map": map_expr, "reduce": reduce_expr, "post": post_map_expr, "identity": identity}
-        self.parts["type"], self.preamble = reduce_type or self.params[-1][-2], preamble
-
-    def body(self, entries, results):
-        return REDUCTION.format(**self.parts, entries=entries, results=results)
+        parts = {"map": map_expr, "reduce": reduce_expr, "post": post_map_expr, "identity": identity}
+        super().__init__(in_params, out_params, name, preamble, REDUCTION, **parts, type=reduce_type)
 
     def __call__(self, *args, axis, keepdims=False):
-        hosts, types = self.take(args)
+        hosts, letters = self.take(args)
         shape = np.broadcast_shapes(*map(np.shape, hosts[: self.inputs]))
         if axis != len(shape) - 1:
             raise NotImplementedError("the stand-in reduces the last axis only")
         left = shape[:-1] + (1,) * keepdims
-        self.launch(hosts, types, shape, left, math.prod(left), shape[-1])
+        self.launch(hosts, letters, shape, left, math.prod(left), shape[-1])
 
 
 @functools.cache
 def folder():
     return tempfile.TemporaryDirectory(prefix="kernels-")
+
+
+@functools.cache
+def build_the_library_s():
+    """Compile the kernels of minilora/fast/fused.py in both dtypes, in one call of the compiler."""
+    from minilora.fast import fused
+
+    xp = types.SimpleNamespace(ElementwiseKernel=ElementwiseKernel, ReductionKernel=ReductionKernel)
+    all_of_them = [fused.kernel.__wrapped__(xp, name) for name in [*fused.ELEMENTWISE, *fused.REDUCTION]]
+    build(dict(kernel.source(T=dtype, I="int64") for kernel in all_of_them for dtype in ("float32", "float64")))
 
 
 def build(sources: dict):

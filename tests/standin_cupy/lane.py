@@ -7,6 +7,7 @@ were NumPy's.
 import functools
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,13 +41,9 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in host]
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
+def pytest_runtest_logfinish(location):
+    used[Path(location[0]).name] += len(launches)
     launches.clear()
-    try:
-        return (yield)
-    finally:
-        used[item.path.name] += len(launches)
 
 
 def pytest_sessionfinish(session):
@@ -82,11 +79,6 @@ def taking(function):
         return function(*args, **options)
 
     return wrapper
-
-
-def giving(function):
-    """``function``, whose host arrays come back on the device."""
-    return functools.wraps(function)(lambda *args, **options: moved(function(*args, **options)))
 
 
 def on_the_host(init):
@@ -161,11 +153,11 @@ def install():
     adapter.Adapter.__init_subclass__ = classmethod(lambda cls: take_in_class(cls))
     pick = elementary.getitem.forward
     elementary.getitem.forward = lambda need, x, *, index: pick(need, moved(x), index=moved(index, "iub"))
-    gradcheck.method_point = giving(gradcheck.method_point)
-    prepare = trial.Trial.__init__
+    point, prepare = gradcheck.method_point, trial.Trial.__init__
 
     def trial_init(self, *args, **options):
         prepare(self, *args, **options)
         self.W0, self.x, self.c = moved((self.W0, self.x, self.c))
 
+    gradcheck.method_point = lambda *args, **options: moved(point(*args, **options))
     trial.Trial.__init__ = trial_init

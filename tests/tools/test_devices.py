@@ -67,7 +67,7 @@ def test_a_cupy_that_cannot_be_imported(monkeypatch):
     def fail(name):
         raise ImportError("=====\nFailed to import CuPy.") from ImportError("libcudart.so.12: no such file")
 
-    monkeypatch.setattr("minilora.backend.importlib.import_module", fail)
+    monkeypatch.setattr("minilora.placement.importlib.import_module", fail)
     assert devices.cuda()["reason"] == "CuPy is installed, but importing it fails: libcudart.so.12: no such file"
 
 

@@ -11,7 +11,7 @@ from minilora.backend import to_host
 from minilora.engine import Tensor, backward
 from minilora.errors import InputError, TrainingStopped
 from minilora.nn import Parameter
-from minilora.training.optim import AdamW, Optimizer
+from minilora.training.optim import AdamW
 from minilora.training.schedule import warmup_cosine
 from minilora.training.sgd import SGD
 
@@ -21,14 +21,14 @@ SHAPES = {"W": (3, 4), "b": (3,), "B": (2, 3), "scale": (1,)}
 RATES = {"W": 1.0, "b": 1.0, "B": 16.0, "scale": 0.5}
 
 
-def parameters(dtype=np.float64, rates=RATES, seed=0):
-    rng = np.random.default_rng(seed)
-    return {k: Parameter(rng.standard_normal(s).astype(dtype), lr_scale=rates[k]) for k, s in SHAPES.items()}
+def parameters(dtype=np.float64):
+    rng = np.random.default_rng(0)
+    return {k: Parameter(rng.standard_normal(s).astype(dtype), lr_scale=RATES[k]) for k, s in SHAPES.items()}
 
 
-def gradients(steps=20, seed=1):
+def gradients(steps=20):
     """For each step, a gradient for each array; sizes vary, so that clipping takes hold at some steps."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(1)
     return [{k: rng.standard_normal(s) * 2.0 ** (step % 5 - 3) for k, s in SHAPES.items()} for step in range(steps)]
 
 
@@ -37,8 +37,9 @@ def clipped(grads, clip):
     return {k: g * min(1.0, clip / norm) if clip else g for k, g in grads.items()}
 
 
-def adamw(params, history, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, clip=None):
+def adamw(params, history, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, clip=None):
     """Kingma & Ba 2014, algorithm 1; the decay as in Loshchilov & Hutter 2017, algorithm 2, w ← w − lr λ w."""
+    beta1, beta2 = betas
     for name, w in params.items():
         m, v, rate = np.zeros_like(w), np.zeros_like(w), lr * RATES[name]
         for t, grads in enumerate(history, start=1):
@@ -60,90 +61,36 @@ def sgd(params, history, lr, momentum=0.0, weight_decay=0.0, clip=None):
         yield name, w
 
 
-def set_gradients(params, grads):
-    """As backward does: added to what is there."""
-    for name, p in params.items():
-        p.node.grad += grads[name]
+def take(optimizer, params, history):
+    """One step for each of the gradients, which arrive as by backward: added to what is there."""
+    for grads in history:
+        optimizer.zero()
+        for name, p in params.items():
+            p.node.grad += grads[name]
+        optimizer.step()
 
 
 OPTIONS = [{}, {"weight_decay": 0.1}, {"clip": 1.0}, {"weight_decay": 0.05, "clip": 0.5}]
-RUNS = [(AdamW, adamw, o) for o in OPTIONS] + [(SGD, sgd, o) for o in OPTIONS]
-RUNS += [(AdamW, adamw, {"eps": 0.1}), (SGD, sgd, {"momentum": 0.9}), (SGD, sgd, {"momentum": 0.5, **OPTIONS[3]})]
+RUNS = [(AdamW, adamw, o) for o in [*OPTIONS, {"eps": 0.1}, {"betas": (0.5, 0.9)}, {"betas": (0.0, 0.0)}]]
+RUNS += [(SGD, sgd, o) for o in [OPTIONS[0], OPTIONS[3], {"momentum": 0.9}, {"momentum": 0.5, **OPTIONS[3]}]]
 
 
 @pytest.mark.parametrize(("optimizer", "reference", "options"), RUNS)
 def test_twenty_steps_equal_the_papers_equations(optimizer, reference, options):
     params, history = parameters(), gradients()
     start = {name: p.data.copy() for name, p in params.items()}
-    optimizer = optimizer(params, lr=0.01, **options)
-    for grads in history:
-        set_gradients(params, grads)
-        optimizer.step()
-        optimizer.zero()
+    take(optimizer(params, lr=0.01, **options), params, history)
     for name, expected in reference(start, history, lr=0.01, **options):
         np.testing.assert_allclose(params[name].data, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_betas_of_the_users_choice():
-    params, history = parameters(), gradients()
-    start = {name: p.data.copy() for name, p in params.items()}
-    optimizer = AdamW(params, lr=0.01, betas=(0.5, 0.9))
-    for grads in history:
-        set_gradients(params, grads)
-        optimizer.step()
-        optimizer.zero()
-    for name, expected in adamw(start, history, 0.01, beta1=0.5, beta2=0.9):
-        np.testing.assert_allclose(params[name].data, expected, rtol=1e-12, atol=1e-14)
-
-
 @pytest.mark.parametrize("optimizer", [AdamW, SGD])
-def test_one_rate_for_all_is_the_same_as_a_rate_for_each(optimizer):
-    """Where all rates are equal they are one float, else an array: two ways through the same step."""
-    same, mixed = parameters(rates=dict.fromkeys(SHAPES, 2.0)), parameters(rates={**RATES, "W": 2.0})
-    for params in (same, mixed):
-        o = optimizer(params, lr=0.01, weight_decay=0.1)
-        for grads in gradients(3):
-            set_gradients(params, grads)
-            o.step()
-            o.zero()
-    np.testing.assert_allclose(mixed["W"].data, same["W"].data, rtol=1e-14)
-    assert not np.allclose(mixed["b"].data, same["b"].data)
-
-
-def test_decay_is_for_matrices_only():
-    params = parameters()
-    before = {name: p.data.copy() for name, p in params.items()}
-    AdamW(params, lr=0.1, weight_decay=0.5).step()  # the gradient is zero: decay is all that moves
-    for name, p in params.items():
-        shrunk = 1.0 - 0.1 * 0.5 * RATES[name] if p.data.ndim == 2 else 1.0
-        np.testing.assert_allclose(p.data, before[name] * shrunk, rtol=1e-14)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("optimizer", [AdamW, SGD])
-def test_dtype_stays(optimizer, dtype):
-    params = parameters(dtype)
+def test_dtype_stays(optimizer):
+    params = parameters(np.float32)
     o = optimizer(params, lr=np.float64(0.01), weight_decay=0.1, clip=1.0)
-    set_gradients(params, gradients(1)[0])
-    o.step()
-    assert {p.dtype for p in params.values()} == {np.dtype(dtype)}
-    assert {a.dtype for k, a in o.state().items() if k != "t"} == {np.dtype(dtype)}
-
-
-# -------------------------------------------------------------------------------- the flat buffers
-
-
-def test_parameters_and_gradients_are_views_of_one_buffer():
-    params = parameters()
-    before = {name: p.data.copy() for name, p in params.items()}
-    optimizer = AdamW(params, lr=0.01)
-    assert optimizer.data.size == optimizer.grad.size == sum(math.prod(s) for s in SHAPES.values())
-    for name, p in params.items():
-        np.testing.assert_array_equal(p.data, before[name])
-        assert p.data.base is optimizer.data and p.grad.base is optimizer.grad
-        assert p.data.shape == p.grad.shape == SHAPES[name]
-    optimizer.data[:] = np.arange(optimizer.data.size)
-    np.testing.assert_array_equal(np.concatenate([p.data.ravel() for p in params.values()]), optimizer.data)
+    take(o, params, gradients(1))
+    assert {p.dtype for p in params.values()} == {np.dtype(np.float32)}
+    assert {a.dtype for k, a in o.state().items() if k != "t"} == {np.dtype(np.float32)}
 
 
 def test_backward_adds_into_the_flat_buffer_and_zero_clears_it():
@@ -155,65 +102,48 @@ def test_backward_adds_into_the_flat_buffer_and_zero_clears_it():
         np.testing.assert_array_equal(params["W"].grad, np.full((3, 4), times))
         np.testing.assert_array_equal(params["b"].grad, np.full(3, times))
         assert optimizer.grad.sum() == 15 * times
+    assert params["W"].data.base is optimizer.data and params["W"].grad.base is optimizer.grad
     assert optimizer.step() == pytest.approx(math.sqrt(15 * 2.0**2), rel=1e-14)
     assert optimizer.grad.sum() == 30  # a step looks at the gradient and leaves it
     optimizer.zero()
     assert not optimizer.grad.any() and not params["W"].grad.any()
 
 
-def test_the_state_is_what_the_next_step_depends_on():
+@pytest.mark.parametrize(("cls", "options"), [(AdamW, {}), (SGD, {"momentum": 0.9})])
+def test_the_state_is_what_the_next_step_depends_on(cls, options):
     """A second optimizer with the parameters and state of the first goes on as the first does."""
-    for cls, options in [(AdamW, {}), (SGD, {"momentum": 0.9})]:
-        one, other = parameters(), parameters()
-        a, b = cls(one, lr=0.01, **options), cls(other, lr=0.01, **options)
-        first, second = gradients(2)
-        set_gradients(one, first)
-        a.step()
-        a.zero()
-        b.data[:] = a.data
-        b.restore({name: to_host(array) for name, array in a.state().items()})
-        assert all((to_host(array) == to_host(b.state()[name])).all() for name, array in a.state().items())
-        for params, o in ((one, a), (other, b)):
-            set_gradients(params, second)
-            o.step()
-        np.testing.assert_array_equal(a.data, b.data)
-
-
-# -------------------------------------------------------------------------------- clipping and stopping
+    one, other = parameters(), parameters()
+    a, b = cls(one, lr=0.01, **options), cls(other, lr=0.01, **options)
+    first, second = gradients(2)
+    take(a, one, [first])
+    b.data[:] = a.data
+    b.restore({name: to_host(array) for name, array in a.state().items()})
+    take(a, one, [second])
+    take(b, other, [second])
+    np.testing.assert_array_equal(a.data, b.data)
 
 
 @pytest.mark.parametrize(("size", "moved"), [(10.0, 1.0), (0.1, 0.1)])
-def test_clipping_scales_a_long_gradient_and_leaves_a_short_one(size, moved):
+def test_a_long_gradient_is_clipped_and_a_step_returns_its_norm_before(size, moved):
     params = {"w": Parameter(np.zeros(4))}
     optimizer = SGD(params, lr=1.0, clip=1.0)
     params["w"].grad[:] = size * np.array([0.5, -0.5, 0.5, -0.5])  # a unit vector
-    assert optimizer.step() == pytest.approx(size, rel=1e-14)  # the norm before it was clipped
+    assert optimizer.step() == pytest.approx(size, rel=1e-14)
     np.testing.assert_allclose(params["w"].data, -moved * np.array([0.5, -0.5, 0.5, -0.5]), rtol=1e-14)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
 @pytest.mark.parametrize("cls", [AdamW, SGD])
 def test_a_gradient_that_is_not_finite_moves_nothing(cls, bad):
     params = parameters()
     optimizer = cls(params, lr=0.01, weight_decay=0.1, clip=1.0)
-    set_gradients(params, gradients(1)[0])
-    optimizer.step()
-    optimizer.zero()
+    take(optimizer, params, gradients(1))
     before, state = optimizer.data.copy(), {k: a.copy() for k, a in optimizer.state().items()}
     params["B"].grad[1, 2] = bad
     with pytest.raises(TrainingStopped, match=r"norm is (nan|inf); lower the learning rate"):
         optimizer.step()
     np.testing.assert_array_equal(optimizer.data, before)
     assert all(np.array_equal(a, state[k]) for k, a in optimizer.state().items())
-
-
-# -------------------------------------------------------------------------------- what is refused
-
-
-@pytest.mark.parametrize("cls", [AdamW, SGD])
-def test_nothing_to_train_is_an_error(cls):
-    with pytest.raises(InputError, match="every parameter is frozen"):
-        cls({}, lr=0.1)
 
 
 REPLACED = {
@@ -236,68 +166,40 @@ def test_a_step_whose_parameters_were_replaced_is_refused(what):
     np.testing.assert_array_equal(optimizer.data, before)
 
 
-@pytest.mark.parametrize("cls", [AdamW, SGD])
-@pytest.mark.parametrize("name", ["lr", "weight_decay", "clip"])
-@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
-def test_a_number_that_is_not_finite_and_positive_is_refused(cls, name, value):
-    with pytest.raises(InputError, match=f"{name} is {value}"):
-        cls(parameters(), **{"lr": 0.1, name: value})
+REFUSED = [
+    *((AdamW, {name: -1.0}, f"{name} is -1.0") for name in ("lr", "weight_decay", "clip")),
+    *((AdamW, {name: math.nan}, f"{name} is nan") for name in ("lr", "weight_decay", "clip")),
+    (SGD, {"lr": 0.0}, "lr is 0.0; it must be finite and above 0"),
+    (SGD, {"clip": 0.0}, "clip is 0.0; it must be finite and above 0"),
+    (SGD, {"weight_decay": math.inf}, "weight_decay is inf; it must be finite and at least 0"),
+    (AdamW, {"eps": 0.0}, "eps is 0.0"),
+    *((AdamW, {"betas": b}, "AdamW: betas are") for b in ((1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9, math.nan))),
+    *((SGD, {"momentum": m}, f"SGD: momentum is {m}") for m in (1.0, -0.1, math.nan)),
+]
 
 
-@pytest.mark.parametrize("cls", [AdamW, SGD])
-def test_a_rate_or_clip_of_zero_is_refused_and_a_decay_of_zero_is_not(cls):
-    for name in ("lr", "clip"):
-        with pytest.raises(InputError, match=f"{name} is 0.0; it must be finite and above 0"):
-            cls(parameters(), **{"lr": 0.1, name: 0.0})
-    assert isinstance(cls(parameters(), lr=0.1, weight_decay=0.0), Optimizer)
+@pytest.mark.parametrize(("cls", "options", "message"), REFUSED, ids=str)
+def test_a_number_out_of_range_is_refused(cls, options, message):
+    with pytest.raises(InputError, match=message):
+        cls(parameters(), **{"lr": 0.1, **options})
 
 
-@pytest.mark.parametrize("betas", [(1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9, math.nan)])
-def test_betas_below_one(betas):
-    with pytest.raises(InputError, match="AdamW: betas are"):
-        AdamW(parameters(), lr=0.1, betas=betas)
-
-
-def test_betas_and_momentum_of_zero_are_plain_descent():
-    """Without averages, AdamW's step is lr · g / (|g| + eps), and SGD's is lr · g."""
-    adam, plain = ({"w": Parameter(np.zeros(2))} for _ in range(2))
-    for params, optimizer in ((adam, AdamW(adam, lr=0.1, betas=(0.0, 0.0))), (plain, SGD(plain, lr=0.1, momentum=0.0))):
-        params["w"].grad[:] = [4.0, -2.0]
-        optimizer.step()
-    np.testing.assert_allclose(adam["w"].data, [-0.1, 0.1], rtol=1e-7)  # eps is 1e-8 beside a gradient of 2
-    np.testing.assert_allclose(plain["w"].data, [-0.4, 0.2], rtol=1e-14)
-
-
-def test_eps_and_momentum_in_range():
-    with pytest.raises(InputError, match=r"eps is 0\.0"):
-        AdamW(parameters(), lr=0.1, eps=0.0)
-    for momentum in (1.0, -0.1, math.nan):
-        with pytest.raises(InputError, match=f"SGD: momentum is {momentum}"):
-            SGD(parameters(), lr=0.1, momentum=momentum)
-
-
-def test_mixed_dtypes_are_refused_by_name():
+def test_nothing_to_train_and_mixed_dtypes_are_refused():
+    with pytest.raises(InputError, match="every parameter is frozen"):
+        SGD({}, lr=0.1)
     params = {"a": Parameter(np.ones(2, np.float32)), "b": Parameter(np.ones(2))}
     with pytest.raises(InputError, match=r"one dtype, got \['float32', 'float64'\]"):
         AdamW(params, lr=0.1)
 
 
-# -------------------------------------------------------------------------------- the schedule
-
-
 def test_the_rate_rises_to_its_peak_and_falls_to_the_floor():
-    rates = [warmup_cosine(step, 100, lr=2.0, warmup=10, floor=0.1) for step in range(101)]
+    rates = [warmup_cosine(step, 100, lr=2.0, warmup=10, floor=0.2) for step in range(101)]
     np.testing.assert_allclose(rates[:10], 2.0 * np.arange(1, 11) / 10, rtol=1e-14)  # never 0, not even at first
-    assert rates[9] == rates[10] == 2.0
-    assert rates[100] == pytest.approx(0.1 * 2.0, rel=1e-12)
-    assert rates[55] == pytest.approx(2.0 * (1.0 + 0.1) / 2, rel=1e-12)  # half-way down
-    falls = np.diff(rates[10:])
-    assert (falls < 0).all()
-    np.testing.assert_allclose(falls, falls[::-1], rtol=1e-9)  # symmetric about the middle
+    falling = 2.0 * (0.6 + 0.4 * np.cos(np.pi * np.arange(91) / 90))
+    np.testing.assert_allclose(rates[10:], falling, rtol=1e-12)
 
 
 def test_schedule_without_warmup_starts_at_the_peak_and_a_floor_of_one_is_constant():
-    assert warmup_cosine(0, 10, lr=0.5) == 0.5
     assert warmup_cosine(5, 10, lr=1.0) == pytest.approx((1.0 + 0.1) / 2, rel=1e-12)  # the floor is a tenth
     assert {warmup_cosine(step, 10, lr=0.5, floor=1.0) for step in range(10)} == {0.5}
     assert warmup_cosine(0, 1, lr=0.5) == 0.5

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 
 import pytest
 from runs import run_in_a_child
@@ -27,14 +26,6 @@ def test_a_bar_shows_itself_on_a_terminal_alone(terminal, monkeypatch):
         bar.update()
     assert ("a label" in screen.getvalue() and "loss 1.000" in screen.getvalue()) is terminal
     assert ("2/5" in screen.getvalue()) is terminal
-
-
-def test_a_bar_that_is_not_shown_starts_no_thread(monkeypatch):
-    monkeypatch.setattr(tqdm, "monitor", None)
-    before = threading.active_count()
-    with progress_bar(3, "label", False) as bar:
-        bar.update()
-    assert threading.active_count() == before
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
