@@ -246,49 +246,29 @@ FILES = {
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "a folder, a pipe or a device"),
     "a pipe that nobody writes to": (lambda path: (path.unlink(), os.mkfifo(path)), "a folder, a pipe or a device"),
     "a link to zeros without end": (linked("/dev/zero"), "a folder, a pipe or a device"),
-    "a link to a folder": (linked("/"), "a folder, a pipe or a device"),
     "a link to nothing": (linked("nothing"), "there is no such file"),
     "a link to itself": (lambda path: linked(path.name)(path), "cannot be read"),
 }
 BROKEN = {  # what the library, or the JSON reader before it, refuses
     **{
         f"instead {data!r:.30}": instead(data)
-        for data in (b"", b"{", bytes(8), bytes(1000), b"\xff" * 1000, KILLER, b"PK\3\4" + bytes(26),
-                     b"\x93NUMPY\1\0v\0{'descr': '<f4'}", b"GGUF" + struct.pack("<IQQ", 3, 2, 1) + bytes(64),
-                     b"#!/bin/sh\ntouch killed\n", b"<!DOCTYPE html>\n<html><title>404</title></html>\n",
+        for data in (b"", b"{", bytes(8), b"\xff" * 1000, KILLER, b"PK\3\4" + bytes(26),
+                     b"\x93NUMPY\1\0v\0{'descr': '<f4'}", b"<!DOCTYPE html>\n<html><title>404</title></html>\n",
                      b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
     },
-    "cut in the length": raw(lambda good: good[:5]),
     "cut in the header": raw(lambda good: good[:50]),
     "cut in the arrays": raw(lambda good: good[:-1]),
     "a sparse file of a terabyte": lambda path: os.truncate(path, 1 << 40),
-    "backwards": raw(lambda good: good[::-1]),
-    "without its first byte": raw(lambda good: good[1:]),
-    "with Windows' line ends": raw(lambda good: good.replace(b'"', b'"\r\n', 1)),
     "a byte more": raw(lambda good: good + b"\0"),
     "header length 0": length(lambda n, size: 0),
-    "header length half": length(lambda n, size: n // 2),
-    "header length one less": length(lambda n, size: n - 1),
     "header length one more": length(lambda n, size: n + 1),
-    "header length all that follows": length(lambda n, size: size - 8),
     "header length one too many": length(lambda n, size: size - 7),
-    "header length 2^20": length(lambda n, size: 2**20),
-    "header length 2^32 more": length(lambda n, size: n + 2**32),
     "header length 2^64 - 1": length(lambda n, size: -1),
     "header empty": header_text(lambda h: b""),
-    "header {}": header_text(lambda h: b"{}"),
     "header in a list": header_text(lambda h: b"[" + h + b"]"),
     "header null": header_text(lambda h: b"null"),
-    "header as text": header_text(lambda h: json.dumps(h.decode()).encode()),
     "header with a byte order mark": header_text(lambda h: b"\xef\xbb\xbf" + h),
-    "header in UTF-16": header_text(lambda h: h.decode().encode("utf-16")),
-    "header in UTF-32": header_text(lambda h: h.decode().encode("utf-32-le")),
     "header in Latin-1": header_text(lambda h: h.replace(b'"F32"', b'"F\xfc2"')),
-    "header with a surrogate": header_text(lambda h: h.replace(b'"F32"', b'"F32\xed\xa0\x80"')),
-    "header with a line end in text": header_text(lambda h: h.replace(b'"F32"', b'"F32\n"')),
-    "header with a comma too many": header_text(lambda h: h[:-1] + b",}"),
-    "header and a second object": header_text(lambda h: h + b"{}"),
-    "header with a comment": header_text(lambda h: h[:1] + b"/* */" + h[1:]),
     "a name twice": repeated(json.dumps),
     "a name twice, once escaped": repeated(lambda name: '"' + "".join(f"\\u{ord(c):04x}" for c in name) + '"'),
     "metadata twice": header_text(lambda h: b'{"__metadata__": {}, ' + h[1:]),
@@ -297,8 +277,8 @@ BROKEN = {  # what the library, or the JSON reader before it, refuses
     "a header of two million spaces": header_text(lambda h: h[:-1] + b" " * 2_000_000 + h[-1:]),
     **{
         f"entry {text[:20].decode()}": entry_text(text)
-        for text in (b"null", b"[]", b'"F32"', b"0", b"true", b"{}", b"None", b"NaN", b"-Infinity", b"1e999",
-                     b'["F32", [2, 8], [0, 64]]', b"9" * 100_000, b"[" * DEEP + b"]" * DEEP, b'{"a":' * DEEP)
+        for text in (b"null", b"[]", b"0", b"{}", b"None", b"NaN", b"-Infinity", b"1e999", b"9" * 100_000,
+                     b"[" * DEEP + b"]" * DEEP, b'{"a":' * DEEP)
     },
     **{
         f"without {key}": edited(lambda header, name, data, key=key: header[name].pop(key) and None)
@@ -306,35 +286,30 @@ BROKEN = {  # what the library, or the JSON reader before it, refuses
     },
     **{
         f"shape {shape!r:.30}": entry(shape=shape)
-        for shape in (None, {}, "2, 8", 16, [-2, 8], [-2, -8], [2**63], [2**64 + 16], [1e308], [2.0, 8.0], [True, 16],
-                      ["2", "8"], [[2, 8]], [LONG], [0, 8], [1] * 100_000, [], [1, 8], [3, 8], [2**62] * 8,
-                      [2**60 + 1, 16], [2**62 + 16])
+        for shape in (None, "2, 8", 16, [-2, -8], [2**63], [2**64 + 16], [1e308], [2.0, 8.0], [True, 16], [[2, 8]],
+                      [LONG], [0, 8], [1] * 100_000, [], [3, 8], [2**62] * 8, [2**60 + 1, 16], [2**62 + 16])
     },
     **{
         f"offsets {at!r:.30}": entry(data_offsets=at)
-        for at in (None, "0, 64", {"begin": 0, "end": 64}, [-64, 0], [0, 2**63], [2**64, 2**64 + 64], [0.0, 64.0],
-                   [False, 64], [], [64], [0, 64, 64], [64, 0], [0, 63], [0, 65], [1, 64], [0, 0], [1, 65],
-                   [2**40, 2**40 + 64])
+        for at in (None, "0, 64", [-64, 0], [0, 2**63], [2**64, 2**64 + 64], [0.0, 64.0], [False, 64], [64],
+                   [0, 64, 64], [64, 0], [0, 63], [0, 65], [0, 0], [1, 65], [2**40, 2**40 + 64])
     },
     **{
         f"dtype {dtype!a:.30}": entry(dtype=dtype)
-        for dtype in ("I8", "I64", "BOOL", "F4", "C64", "F16", "BF16", "F64", "float32", "O", "", "F32\0", CLEAR,
-                      "\u202e23F", "\ud800", "F" * 100_000, None, 32, ["F32"], {"F32": 1})
+        for dtype in ("I64", "BOOL", "F4", "C64", "F16", "F64", "O", "", "F32\0", CLEAR, "\ud800", "F" * 100_000, None,
+                      32, ["F32"])
     },
     "a hole before all": shifted(8, 8, lambda data: b"hide you" + data),
     "a hole between two": shifted(0, 8, lambda data: data[:64] + b"hide you" + data[64:]),
-    "two that overlap": shifted(0, -8, lambda data: data[:-8]),
     "two on the same bytes": shifted(0, -64, lambda data: data[:-64]),
     **{
         f"metadata {value!r:.30}": edited(lambda header, name, data, value=value: header.update(__metadata__=value))
-        for value in ([], "minilora adapter 2", 2, True, {"format": 1}, {"format": None}, {"format": {}},
-                      {"format": "pt" * 1_000_000})
+        for value in ([], "minilora adapter 2", 2, {"format": 1}, {"format": None}, {"format": "pt" * 1_000_000})
     },
 }  # fmt: skip
 REFUSED = r"is not .*(truncated|damaged|map of maps)|the header (is|has|holds)"
 NAMES = [
-    "/etc/passwd", "../../etc/passwd", "", "q\0", "q\nminilora: all is well", CLEAR, "\x1b]0;owned\x07", "\x9b31m\x85",
-    "\u202ea.syarra.q", "q" * 100_000, "__class__", "__import__('os').system('touch killed')",
+    "../../etc/passwd", "", "q\0", CLEAR, "\x9b31m\x85", "\u202ea.syarra.q", "q" * 100_000, "__class__",
     "{0.__class__.__init__.__globals__} %s %n ${HOME} $(touch killed)", "BLOCKS.0.Q.ARRAYS.A",
 ]  # fmt: skip
 
@@ -355,32 +330,27 @@ def format_cases():
 # ------------------------------------------------------------------------------- what minilora's description says
 
 WRONG_OPTIONS = [
-    *({"r": r} for r in (10**12, 2**63, LONG, 9, 0, -1, True, "8", None, 2.0, 1e308, [2], {"r": 2})),
-    *({"alpha": alpha} for alpha in (0, -1.0, "16", True, None, [], LONG)),
-    *({name: 1} for name in ("rank", "name", "self", "__class__", "", CLEAR, "r" * 50_000)),
+    *({"r": r} for r in (10**12, 2**63, LONG, 9, 0, True, "8", None, 2.0, 1e308, [2])),
+    *({"alpha": alpha} for alpha in (0, "16", True, None, LONG)),
+    *({name: 1} for name in ("rank", "name", "__class__", "", CLEAR, "r" * 50_000)),
 ]
 WRONG_LAYERS = [
-    "{", "", "\ufeff{}", "[]", '["blocks.0.q"]', "{}", "null", '"blocks.0.q"', '{"blocks.0.q": NaN}',
-    '{"blocks.0.q": {"options": {"r": 2, "alpha": Infinity}}}', '{"blocks.0.q": {"options": {"r": 2, "alpha": 1e999}}}',
-    '{"blocks.0.q": {"options": {}}, "blocks.0.q": {"options": {}}}', '{"blocks.0.q": {"options": {"r": 2, "r": 3}}}',
-    "[" * DEEP, '{"blocks.0.q": ' + "9" * DEEP + "}", '{"blocks.0.q": null}', '{"blocks.0.q": []}',
-    '{"blocks.0.q": {"options": {}, "method": "os.system"}}', '{"blocks.0.q": {}}', '{"blocks.0.q": {"options": null}}',
-    '{"blocks.0.q": {"options": [2, 16.0]}}', '{"blocks.0.q": {"options": "r=2"}}',
+    "{", "", "\ufeff{}", "[]", "{}", '"blocks.0.q"', '{"blocks.0.q": {"options": {"r": 2, "alpha": 1e999}}}',
+    '{"blocks.0.q": {"options": {}}, "blocks.0.q": {"options": {}}}', "[" * DEEP, '{"blocks.0.q": ' + "9" * DEEP + "}",
+    '{"blocks.0.q": null}', '{"blocks.0.q": {"options": {}, "method": "os.system"}}', '{"blocks.0.q": {}}',
+    '{"blocks.0.q": {"options": [2, 16.0]}}',
     json.dumps({f"blocks.{i}.q": {"options": {}} for i in range(5000)}),
 ]  # fmt: skip
 WRONG_PATHS = [
-    "blocks.1.q", "blocks.-1.q", "blocks.00.q", "blocks.0.Q", "blocks.0", "blocks", "blocks.0.q.W", "norm", "tokens",
-    "blocks.0.q.", "", "blocks.0.__class__", "../../blocks.0.q", "/etc/passwd", CLEAR, "blocks.0.q\0", "\ud800",
-    "blocks.0.q" * 5_000,
+    "blocks.1.q", "blocks.-1.q", "blocks.00.q", "blocks.0", "blocks.0.q.W", "norm", "tokens", "", "blocks.0.__class__",
+    "../../blocks.0.q", CLEAR, "blocks.0.q\0", "\ud800", "blocks.0.q" * 5_000,
 ]  # fmt: skip
 WRONG_METHODS = [
-    "os.system", "__import__('os')", "../lora", "lora; rm -rf .", "lora.py", "minilora.methods.lora", "__init__",
-    "LoRA", "lora ", "", "lora\0", CLEAR, "lora" * 20_000,
+    "os.system", "../lora", "minilora.methods.lora", "__init__", "LoRA", "lora ", "", "lora\0", CLEAR, "lora" * 20_000,
 ]  # fmt: skip
 WRONG_PARTS = [  # of q in a VeRA file, which has 8 rows of B
-    None, [0, 8], {"B": [8]}, {"B": [0, 8, 1]}, {"B": ["0", "8"]}, {"B": [0.0, 8.0]}, {"B": [False, 8]},
-    {"B": [-8, 0]}, {"B": [0, -1]}, {"B": [2**31 - 8, 2**31]}, {"B": [8, 0]}, {"B": [4, 4]}, {"B": [0, 7]},
-    {"B": [0, 9]}, {"A": [0, 2]}, {"C": [0, 8]}, {CLEAR: [0, 8]},
+    None, [0, 8], {"B": [8]}, {"B": [0, 8, 1]}, {"B": [0.0, 8.0]}, {"B": [False, 8]}, {"B": [-8, 0]}, {"B": [0, -1]},
+    {"B": [2**31 - 8, 2**31]}, {"B": [8, 0]}, {"B": [0, 7]}, {"B": [0, 9]}, {"A": [0, 2]}, {CLEAR: [0, 8]},
 ]  # fmt: skip
 
 
@@ -417,20 +387,14 @@ def adapter_cases():
     yield "layer k", moved("blocks.0.k"), "belongs to nothing", A
     yield "layer k too", layers(lambda found: found.update({"blocks.0.k": found["blocks.0.q"]})), "is missing", None
     yield "r of 3", options(r=3), r"is F32\(2, 8\); expected \(3, 8\)", A
-    yield "r of 1", options(r=1), r"is F32\(2, 8\); expected \(1, 8\)", A
 
-    say = '{"blocks.0.q": {"options": {"r": 2, "alpha": %s}}}'
     for name, spoil in {
         "the first bit": edited(lambda header, name, data: bytes([data[0] ^ 1]) + data[1:]),
         "the last bit": edited(lambda header, name, data: data[:-1] + bytes([data[-1] ^ 1])),
-        "all zeros": edited(lambda header, name, data: bytes(len(data))),
         "two tensors exchanged": edited(lambda header, name, data: data[64:] + data[:64]),
-        "a larger alpha": notes(layers=say % "17.0"),
-        "alpha in other digits": notes(layers=say % "16.00"),
         "another method of the same shapes": notes(method="rslora"),
         "a note more": notes(note="trust me"),
         "an empty checksum": notes(sha256=""),
-        "the checksum of another file": notes(sha256="0" * 64),
     }.items():
         yield f"tampered with: {name}", spoil, "is damaged", None
     yield from number_cases(A)
@@ -500,15 +464,17 @@ def run_cases():
     """For the checkpoint of a run: its settings, which are read before anything else of the run."""
 
     def setting(**changes):
-        return json_noted("settings", lambda found: found | changes)
+        return json_noted("settings", lambda found: {k: v for k, v in (found | changes).items() if v is not GONE})
 
     yield "no settings", noted(settings="{}"), "setting", None
     for key, value in [
-        ("steps", "4"), ("steps", -1), ("options", []), ("options", {"name": "dora"}),
-        ("options", {"r": -1, "alpha": 1.0}), ("method", "../lora"), ("lr", "0.1"), (CLEAR, 1), ("run", "touch killed"),
+        ("steps", GONE), ("steps", "4"), ("steps", -1), ("options", None), ("options", {"name": "dora"}),
+        ("options", {"r": -1, "alpha": 1.0}), ("method", "../lora"), ("method", CLEAR), ("lr", 10**400),
+        ("seed", CLEAR), ("every", 0), ("workers", None), ("lr", None), ("text_sha256", None),
+        ("text_sha256", 7), (CLEAR, 1), ("run", "touch killed"),
     ]:  # fmt: skip
         rule = rf"\b{re.escape(key)}\b|setting|option|at least"
-        yield f"settings {key!a:.20} {value!r}", setting(**{key: value}), rule, None
+        yield f"settings {key!a:.20} {value!a:.20}", setting(**{key: value}), rule, None
 
 
 def model_cases():
@@ -537,15 +503,15 @@ def model_cases():
 # ------------------------------------------------------------------------------ the JSON files of PEFT and transformers
 
 WRONG_TEXTS = [
-    b"", b"{", b"\xef\xbb\xbf{}", "{}".encode("utf-16"), bytes(1000), KILLER, b"PK\3\4" + bytes(26), b"NaN", b"[]",
-    b"1", b"null", b'"LORA"', b"peft_type: LORA\nr: 2\n", b"{'r': __import__('os').system('touch killed')}",
+    b"", b"{", b"\xef\xbb\xbf{}", "{}".encode("utf-16"), bytes(1000), KILLER, b"NaN", b"[]", b"null",
+    b"peft_type: LORA\nr: 2\n", b"{'r': __import__('os').system('touch killed')}",
     b"[" * DEEP, b'{"r": ' + b"9" * DEEP + b"}", b'{"r": 1, "r": 1}', b"{" + b" " * 2_000_000 + b"}",
 ]  # fmt: skip
-NO_SIZE = [None, 0, -1, True, "8", 2.0, math.nan, [2], {}, 2**31, LONG]
-NO_ALPHA = [None, 0, -1, True, "16", 1e308, LONG, math.inf, [], {}]
-NO_NAMES = [GONE, None, 1, True, {}, [1], [["q"]], {"q": 1}]
+NO_SIZE = [None, 0, True, "8", 2.0, math.nan, [2], 2**31, LONG]
+NO_ALPHA = [None, 0, -1, True, "16", 1e308, LONG, math.inf]
+NO_NAMES = [GONE, None, 1, [1], [["q"]], {"q": 1}]
 PEFT_WRONG = {
-    "peft_type": [GONE, None, 1, [], {}, "", "lora", "PROMPT_TUNING", "os.system", "../LORA", CLEAR, "L" * 100_000],
+    "peft_type": [GONE, None, [], "", "lora", "PROMPT_TUNING", "../LORA", CLEAR, "L" * 100_000],
     "r": [GONE, *NO_SIZE],
     "lora_alpha": [GONE, *NO_ALPHA],
     "target_modules": NO_NAMES,
@@ -568,10 +534,9 @@ PEFT_VERA_WRONG = {
 }
 # What takes a backtracking matcher longer than anyone waits, on some name; and what is no expression at all.
 EXPRESSIONS = [
-    "(a+)+$", "([a-z.]+)*$", "(.*)*x", "(.|.)*x", "(a|aa)+$", "(x+x+)+y", "((.*)(.*))*x", "(.*.*.*)+x", "(?:.+)+x",
-    ".*" * 20 + "!", ".*?" * 20 + "!", ".+" * 12 + "!", r"[\w.]{0,20}" * 12 + "!", ".?" * 60 + "!", "(.?){60}!",
-    r"(.+)\1+x" * 8, "(" * 200 + ")" * 200 + "*", "(q|k|v|o){60}x", "(?:" * 5000, "(", "[", "*", "q)", "(?<q",
-    "(?(1)a|b", "q{99999999999999999999}", "\\", "[z-a]", "(?i)(a+)+$", "(?x: ( a + ) + ) $", "q" * 100_000,
+    "(a+)+$", "([a-z.]+)*$", "(.|.)*x", "(a|aa)+$", "((.*)(.*))*x", ".*" * 20 + "!", ".*?" * 20 + "!",
+    r"[\w.]{0,20}" * 12 + "!", ".?" * 60 + "!", "(.?){60}!", r"(.+)\1+x" * 8, "(" * 200 + ")" * 200 + "*",
+    "(q|k|v|o){60}x", "(?:" * 5000, "(?(1)a|b", "q{99999999999999999999}", "\\", "(?x: ( a + ) + ) $", "q" * 100_000,
     "a|" * 100_000, "\0" * 2000, "(.*)*" * 200,
 ]  # fmt: skip
 MISMATCHED = [  # good configurations, but not that of the tensors
@@ -601,9 +566,8 @@ OTHER_SIZES = [  # possible ones, but not those of the file: nothing may be allo
 ]  # fmt: skip
 INDEXES = [
     {"wte.weight": name}
-    for name in ("../model.safetensors", "/etc/passwd", "/tmp/model.safetensors", "a/model.safetensors",
-                 "..\\model.safetensors", "pytorch_model.bin", "model\0.safetensors", "model.safetensors\n", CLEAR, 1,
-                 None, ["model.safetensors"])
+    for name in ("../model.safetensors", "/tmp/model.safetensors", "a/model.safetensors", "..\\model.safetensors",
+                 "pytorch_model.bin", "model\0.safetensors", "model.safetensors\n", CLEAR, None)
 ] + [{}, ["model.safetensors"], "model.safetensors"]  # fmt: skip
 
 
@@ -634,9 +598,8 @@ def peft_config_cases():
 
 
 def peft_vera_config_cases():
-    for key, values in PEFT_VERA_WRONG.items():
-        for value in values:
-            yield f"{key} {value!r:.20}", changed(**{key: value}), key, None
+    for key, value in [(key, value) for key, values in PEFT_VERA_WRONG.items() for value in values]:
+        yield f"{key} {value!r:.20}", changed(**{key: value}), key, None
     for r in (1, 3, 10**9, 2**31 - 1):
         for saved in (True, False):
             yield f"r of {r}, projections saved: {saved}", changed(r=r, save_projection=saved), ".", None

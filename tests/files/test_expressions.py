@@ -53,7 +53,7 @@ expressions = st.recursive(
 
 
 @given(st.lists(expressions, min_size=1, max_size=2).map("|".join), st.text("ab1._", max_size=6))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_they_mean_what_they_mean_in_python(expression, name):
     assert is_expression(expression)
     assert matches_whole(expression, name) == bool(re.fullmatch(expression, name))

@@ -23,12 +23,12 @@ OPTIONS = {"lora": [], "delta_lora": ["--start-step", "1"]}
 class Disk:
     """The module os as saving.py sees it: the calls of CALLS are counted, and the one of number ``at`` fails.
 
-    ``part``: how many bytes a write takes, by default all; ``lasting``: all later calls fail too. What fsync asks for
-    takes most of a run's time here, and only a power cut would show it, so it is only counted.
+    ``lasting``: all later calls fail too. What fsync asks for takes most of a run's time here, and only a power cut
+    would show it, so it is only counted.
     """
 
-    def __init__(self, at=None, code=errno.ENOSPC, lasting=False, part=None):
-        self.at, self.code, self.lasting, self.part, self.calls = at, code, lasting, part, []
+    def __init__(self, at=None, code=errno.ENOSPC, lasting=False):
+        self.at, self.code, self.lasting, self.calls = at, code, lasting, []
 
     def __getattr__(self, name):
         real = getattr(os, name)
@@ -39,8 +39,6 @@ class Disk:
         self.calls.append(name)
         if number == self.at or (self.lasting and number > self.at):
             raise OSError(self.code, os.strerror(self.code))
-        if name == "write" and self.part:
-            return real(args[0], args[1][: self.part])
         return None if name == "fsync" else real(*args)
 
 
@@ -100,33 +98,4 @@ def test_a_run_resumes_to_the_same_bits_after_a_fault(save, call, inputs, undist
     else:
         assert f"the checkpoint of step {taken - renamed} is good" in said
     assert run(tmp_path, method, inputs, Disk()) == 0
-    assert_same(state_of(tmp_path), expected)
-
-
-def test_a_disk_that_takes_a_part_of_each_write_changes_nothing(inputs, undisturbed, tmp_path):
-    disk, (expected, _) = Disk(part=1000), undisturbed["lora"]
-    assert run(tmp_path, "lora", inputs, disk) == 0
-    assert_same(state_of(tmp_path), expected)
-    assert disk.calls.count("write") > disk.calls.count("replace")
-
-
-class Filling(Disk):
-    """A disk that is full after the first part of a large write, from the save number ``after`` on."""
-
-    def __init__(self, after):
-        super().__init__(part=1000)
-        self.after = after
-
-    def call(self, name, real, args):
-        if name == "write" and self.calls[-1] == "write" and self.calls.count("replace") >= self.after:
-            self.at = len(self.calls)
-        return super().call(name, real, args)
-
-
-def test_a_disk_that_is_full_after_a_part_and_again_in_the_resumed_run(inputs, undisturbed, tmp_path):
-    expected, _ = undisturbed["lora"]
-    for after in (2, 0):
-        assert run(tmp_path, "lora", inputs, Filling(after)) == 2
-        assert (tmp_path / finetune.CHECKPOINT).exists() and not list(tmp_path.glob(".*"))
-    assert run(tmp_path, "lora", inputs, Disk()) == 0
     assert_same(state_of(tmp_path), expected)

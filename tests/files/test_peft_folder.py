@@ -4,6 +4,7 @@ PEFT itself is the judge in oracle/test_peft_files.py; here its files are made b
 """
 
 import ast
+import contextlib
 import errno
 import itertools
 import json
@@ -21,8 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tiny import IDS, assert_same_function, base, logits, moved
-from untouched import assert_untouched, state
+from tiny import IDS, assert_same_function, assert_untouched, base, logits, moved, state
 
 from minilora import cli, methods
 from minilora.adapter import Adapter
@@ -40,7 +40,7 @@ from minilora.gpt import GPT, GPTConfig
 from minilora.lab import finetune
 from minilora.merging import merge_and_unload, unload
 from minilora.nn import Linear, Module
-from minilora.surgery import adapt, adapted_layers, host, plan
+from minilora.surgery import adapt, adapted_layers
 from minilora.tools.peft_table import END, START, table
 from minilora.training.optim import AdamW
 from minilora.training.trainer import train
@@ -70,8 +70,8 @@ def assert_same_tensors(one, other):
 
 # ------------------------------------------------------------------------------------------------------- there and back
 
-OWN = {"rank_pattern": {"blocks.0.q": 3, "up": 1}, "alpha_pattern": {"k": 4.0, "blocks.1.o": 8.0}}
-TARGETS = {"all": "all-linear", "q and v": ["q", "v"], "o and down": ["o", "down"]}
+OWN = {"rank_pattern": {"blocks.0.q": 3, "up": 1}, "alpha_pattern": {"v": 4.0, "blocks.1.o": 8.0}}
+TARGETS = {"part of c_attn": ["q", "v", "o", "up"], "no c_attn": ["o", "down"]}
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -79,12 +79,12 @@ TARGETS = {"all": "all-linear", "q and v": ["q", "v"], "o and down": ["o", "down
 def test_there_and_back_is_the_same_function(tmp_path, name, targets):
     """In each form and under both kinds of names; or one error, if PEFT has nothing that does the same.
 
-    If all layers are adapted, and the method has r and alpha, some of them have their own.
+    If c_attn is adapted, k is not, and if the method has r and alpha, some layers have their own.
     """
-    own = OWN if targets == "all" and "alpha" in methods.options(name) else {}
+    own = OWN if targets == "part of c_attn" and "alpha" in methods.options(name) else {}
     model = moved(name, TARGETS[targets], **own)
     before, layer, expected = state(model), next(iter(adapted_layers(model).values())), logits(model)
-    method, fused, loaded = layer.method, targets != "o and down", None
+    method, fused, loaded = layer.method, targets != "no c_attn", None
     assert np.abs(expected - BASE).max() > 1e-3  # the adapter does something
     for form, names in itertools.product(("adapter", "lora"), ("gpt2", "minilora")):
         folder = tmp_path / form / names
@@ -106,16 +106,11 @@ def test_there_and_back_is_the_same_function(tmp_path, name, targets):
             assert methods.get(method_of(loaded)).peft == method.peft
         else:
             assert method_of(loaded) == "lora" and not config["use_rslora"] and not config["use_dora"]
+    save_peft(tmp_path / "merged", model, form="merged")
     assert_untouched(model, before)
     if loaded:
         np.testing.assert_array_equal(logits(unload(loaded)), BASE)
-
-
-@pytest.mark.parametrize("name", methods.names())
-def test_any_method_merged(tmp_path, name):
-    model = moved(name)
-    save_peft(tmp_path, model, form="merged")
-    np.testing.assert_array_equal(logits(load_gpt2(tmp_path)), logits(merge_and_unload(model)))
+    np.testing.assert_array_equal(logits(load_gpt2(tmp_path / "merged")), logits(merge_and_unload(model)))
 
 
 def test_a_change_of_a_higher_rank_is_not_cut_off(tmp_path):
@@ -128,38 +123,18 @@ def test_a_change_of_a_higher_rank_is_not_cut_off(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_each_kind_of_file_comes_back_as_one_method():
-    known = [methods.get(name) for name in methods.names()]
-    read = [json.dumps(method.peft) for method in known if method.from_peft]
-    assert sorted(read) == sorted({json.dumps(method.peft) for method in known if method.peft})
+def test_a_model_that_is_no_gpt_goes_by_its_own_names_and_keeps_its_precision(tmp_path):
+    def two():
+        model, rng = Module(), np.random.default_rng(0)
+        model.one, model.other = (Linear(rng.normal(size=shape)) for shape in ((6, 5), (4, 6)))
+        return model
 
-
-def test_delta_loras_file_has_rank_2_r_and_its_control_its_own_alpha(tmp_path):
-    assert save_peft(tmp_path, moved("delta_lora", ["up"], r=3))["r"] == 6
-    config = save_peft(tmp_path, moved("delta_lora_control", ["up"], r=3, alpha=5.0, update_ratio=2.0))
-    assert (config["r"], config["lora_alpha"]) == (3, 15)
-
-
-def test_a_float64_model_keeps_its_precision(tmp_path):
-    model = moved("rslora", model=base(np.float64))
-    save_peft(tmp_path, model)
-    assert_same_function(load_peft(tmp_path, base(np.float64)), model, 1e-14)
-
-
-class Two(Module):
-    """No GPT: two layers, by names of its own."""
-
-    def __init__(self):
-        rng = np.random.default_rng(0)
-        self.one, self.other = (Linear(rng.normal(size=s).astype(np.float32)) for s in ((6, 5), (4, 6)))
-
-
-def test_a_model_that_is_no_gpt_goes_by_its_own_names(tmp_path):
-    model = moved("lora", model=Two())
+    model = moved("lora", model=two())
     with pytest.raises(InputError, match='use names="minilora"'):
         save_peft(tmp_path, model)
     save_peft(tmp_path, model, names="minilora")
-    loaded = load_peft(tmp_path, Two())
+    loaded = load_peft(tmp_path, two())
+    assert model.other.p.B.dtype == np.float64
     np.testing.assert_array_equal(loaded.other.p.B, model.other.p.B)
     np.testing.assert_array_equal(loaded.one.p.A, model.one.p.A)
 
@@ -198,9 +173,7 @@ def added(tmp_path, monkeypatch):
 def test_a_new_file_of_a_method_brings_its_own_kind_of_peft_file(added, tmp_path):
     name, out = added("hra", HRA), tmp_path / "out"
     model = moved(name)
-    with pytest.raises(
-        InputError, match=r'c_attn has one u, and blocks.0.k has another than blocks.0.q; use form="lora"'
-    ):
+    with pytest.raises(InputError, match=r"c_attn has one u, and blocks.0.k has another than blocks.0.q"):
         save_peft(out, model)
     with pytest.raises(InputError, match="the update of hra is not a low-rank product"):
         save_peft(out, model, form="lora")
@@ -212,25 +185,18 @@ def test_a_new_file_of_a_method_brings_its_own_kind_of_peft_file(added, tmp_path
     np.testing.assert_array_equal(tensors_of(out)[f"{GPT2}h.1.attn.c_attn.hra_u"], model.blocks[1].v.p.u)
     assert method_of(load_peft(out, base())) == "hra"
     assert_same_function(load_peft(out, base()), model, 0.0)
-    for change, message in {
-        "apply_GS": (True, "apply_GS is true; it must be false"),
-        "r": (3, r"hra_u\": is F32\(16, 2\); expected \(16, 3\)"),
-        "lora_alpha": (8, 'unknown key "lora_alpha", with the value 8'),
-        "peft_type": ("IA3", 'peft_type is "IA3"; supported: HRA, LORA, VERA'),
-    }.items():
-        (out / peft.CONFIG).write_text(json.dumps(config | {change: message[0]}))
-        unmarked(out)
-        with pytest.raises(AdapterFormatError, match=message[1]):
+    save_file(tensors_of(out), out / peft.TENSORS, {"format": "pt"})  # without the configuration's checksum
+    for change, message in [
+        ({"apply_GS": True}, "apply_GS is true; it must be false"),
+        ({"lora_alpha": 8}, 'unknown key "lora_alpha", with the value 8'),
+    ]:
+        (out / peft.CONFIG).write_text(json.dumps(config | change))
+        with pytest.raises(AdapterFormatError, match=message):
             load_peft(out, base())
     with pytest.raises(InputError, match=r"c_attn has one HRA\(r=2\), and blocks.0.k has another than blocks.0.q"):
         save_peft(out, moved(name, rank_pattern={"k": 1}))
     with pytest.raises(InputError, match="PEFT has one r for all modules, and 0"):
         save_peft(out, moved(name, ["up", "down"], rank_pattern={"blocks.0.up": 1}))
-
-
-def unmarked(folder):
-    """Without the configuration's checksum, as PEFT itself writes."""
-    save_file(tensors_of(folder), folder / peft.TENSORS, {"format": "pt"})
 
 
 @pytest.mark.parametrize("own, r, alpha", [("", 3, 3), ('\n    peft = {"peft_type": "LORA"}\n', 3, 8)])
@@ -261,20 +227,6 @@ def test_no_method_and_nothing_of_one_is_named_in_the_code_for_files():
 # --------------------------------------------------------------------------------------------- what the files look like
 
 
-def test_three_layers_in_one_are_blocks(tmp_path):
-    """q and v have A of their own: PEFT's c_attn gets both, B is zero off the blocks and for k, and alpha / r stays."""
-    model = moved("lora", ["q", "v"], r=2, alpha=3.0)
-    save_peft(tmp_path, model)
-    found, config, q, v = tensors_of(tmp_path), config_of(tmp_path), model.blocks[1].q.p, model.blocks[1].v.p
-    A, B = (found[f"{GPT2}h.1.attn.c_attn.lora_{x}.weight"] for x in "AB")
-    np.testing.assert_array_equal(A, np.concatenate([q.A, v.A]))
-    np.testing.assert_array_equal(B[:16, :2], q.B)
-    np.testing.assert_array_equal(B[32:, 2:], v.B)
-    assert not B[16:32].any() and not B[:16, 2:].any() and not B[32:, :2].any()
-    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 6, ["c_attn"])
-    assert config["rank_pattern"] == config["alpha_pattern"] == {}
-
-
 def test_three_layers_of_many_ranks_have_no_more_than_their_inputs(tmp_path):
     """r = 6 of q, k and v would be 18 rows of A for 16 inputs; the product of 16 is the same."""
     model = moved("dora", ["q", "k", "v"], r=6)
@@ -292,14 +244,6 @@ def test_layers_with_one_a_keep_it_and_b_holds_the_ratio_of_their_alphas(tmp_pat
     np.testing.assert_array_equal(found[f"{GPT2}h.0.attn.c_attn.lora_B.weight"][16:32], model.blocks[0].k.p.B / 4)
     assert (config["r"], config["lora_alpha"]) == (2, 16)
     assert_same_function(load_peft(tmp_path, base()), model)
-
-
-def test_doras_magnitude_of_a_layer_that_has_none_is_its_row_norms(tmp_path):
-    model = moved("dora", ["q"])
-    save_peft(tmp_path, model)
-    m = tensors_of(tmp_path)[f"{GPT2}h.1.attn.c_attn.lora_magnitude_vector"]
-    np.testing.assert_array_equal(m[:16], model.blocks[1].q.p.m)
-    np.testing.assert_allclose(m[32:], np.linalg.norm(model.blocks[1].v.W.data, axis=1), rtol=1e-6)
 
 
 def test_the_configuration_is_pefts(tmp_path):
@@ -409,20 +353,11 @@ def test_the_scaling_is_pefts(tmp_path, config, scalings):
             ours, before = getattr(model.blocks[i], layer), getattr(W.blocks[i], layer).W.data
             merged = ours.method.merge(ours.base.W.data, ours.p)
             np.testing.assert_allclose(merged, before + s * B[rows] @ A, rtol=0, atol=1e-6)
-
-
-def test_dora_with_the_root_of_r(tmp_path):
-    """A method that has alpha / r gets alpha · √r."""
-    hand_made(tmp_path, LORA | {"use_dora": True, "use_rslora": True})
-    layer = load_peft(tmp_path, base()).blocks[1].up
-    assert layer.method.name == "dora_detached" and layer.method.scaling == pytest.approx(5 / 3**0.5)
-
-
-def test_layers_from_one_module_share_no_memory(tmp_path):
-    hand_made(tmp_path, LORA)
-    model = load_peft(tmp_path, base())
     model.blocks[0].q.p.A[:] = 0.0
-    assert model.blocks[0].k.p.A.any()
+    assert model.blocks[0].k.p.A.any()  # its memory is its own
+    hand_made(tmp_path, config | {"use_dora": True}, ranks=config.get("rank_pattern"))  # which has alpha / r alone
+    for block, s in zip(load_peft(tmp_path, base()).blocks, scalings, strict=True):
+        assert block.q.method.name == "dora_detached" and block.q.method.scaling == pytest.approx(s)
 
 
 def test_pissa_unconverted_stands_on_the_residual_of_the_module(tmp_path):
@@ -470,92 +405,73 @@ def test_veras_matrices_come_from_the_key_where_the_file_has_none(tmp_path):
     assert_same_tensors(tmp_path / "theirs", tmp_path / "again")
 
 
-def vera_with_parts(rows, d=None):
-    """VeRA on q, k and v whose rows of the shared B are ``rows``; ``d`` is k's."""
-    model = base()
-    chosen = plan(model, methods.create("vera", r=3), ["blocks.0.q", "blocks.0.k", "blocks.0.v"])
-    host(model, chosen, parts={path: {"B": slice(*own)} for path, own in zip(chosen, rows, strict=True)})
-    if d is not None:
-        model.blocks[0].k.p.d[:] = d
-    return model
+def test_vera_of_q_k_and_v_apart_is_not_what_pefts_c_attn_can_be(tmp_path):
+    hand_made(tmp_path / "theirs", VERA)
+    another_d = load_peft(tmp_path / "theirs", base())
+    another_d.blocks[0].k.p.d[:] = 2.0
+    for model, message in [
+        (moved("vera", r=3), "takes rows 16 to 32 of B for blocks.0.k, which has 0 to 16"),
+        (moved("vera", ["q", "v"], r=3), "is one layer for blocks.0.q, .*, and not all of them are adapted"),
+        (another_d, "has one d, and blocks.0.k has another than"),
+    ]:
+        with pytest.raises(InputError, match=f'{message}.*form="lora", or names="minilora"'):
+            save_peft(tmp_path / "new", model)
+        assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(
-    "model, message",
-    [
-        (lambda: moved("vera", r=3), "takes rows 16 to 32 of B for blocks.0.k, which has 0 to 16"),
-        (lambda: moved("vera", ["q", "v"], r=3), "is one layer for blocks.0.q, .*, and not all of them are adapted"),
-        (lambda: vera_with_parts([(0, 16), (16, 32), (16, 32)]), "takes rows 32 to 48 of B for blocks.0.v"),
-        (lambda: vera_with_parts([(0, 16), (16, 32), (32, 48)], d=2.0), "has one d, and blocks.0.k has another than"),
-    ],
-    ids=["made here", "q and v", "other rows", "another d"],
-)
-def test_vera_of_q_k_and_v_apart_is_not_what_pefts_c_attn_can_be(tmp_path, model, message):
-    with pytest.raises(InputError, match=f'{message}.*form="lora", or names="minilora"'):
-        save_peft(tmp_path / "new", model())
-    assert not (tmp_path / "new").exists()
+NEWER = {"a_key_of_2030": None, "another": False, "a_map": {}, "a_list": [], "a_text": ""}
+ONLY_DATA = {
+    "lora_dropout": 0.5, "base_model_name_or_path": "/etc/passwd", "revision": "main", "peft_version": "9.9",
+    "auto_mapping": {"base_model_class": "os.system", "parent_library": "os"}, "task_type": "CAUSAL_LM",
+    "fan_in_fan_out": True, "inference_mode": False, "qalora_group_size": 16, "megatron_core": "os",
+    "modules_to_save": [], "loftq_config": {}, "init_lora_weights": "gaussian",
+}  # fmt: skip
 
 
-def test_names_without_transformer_in_front(tmp_path):
-    """As saved from a GPT2Model."""
-    hand_made(tmp_path / "one", LORA, prefix="base_model.model.")
-    hand_made(tmp_path / "other", LORA)
-    assert_same_function(load_peft(tmp_path / "one", base()), load_peft(tmp_path / "other", base()), 0.0)
+@pytest.mark.parametrize("case", ["a GPT2Model's names", "keys that are off", "only data", "float64"])
+def test_what_is_said_in_another_way_is_the_same_adapter(tmp_path, case):
+    config = LORA | {"keys that are off": NEWER, "only data": ONLY_DATA}.get(case, {})
+    found = hand_made(tmp_path, config, prefix=GPT2.removesuffix("transformer.") if "names" in case else GPT2)
+    if case == "float64":
+        save_file({name: a.astype(np.float64) for name, a in found.items()}, tmp_path / peft.TENSORS)
+    model = load_peft(tmp_path, base())
+    assert {p.dtype for _, p in model.named_parameters()} == {np.dtype(np.float32)}
+    hand_made(tmp_path / "usual", LORA)
+    assert_same_function(model, load_peft(tmp_path / "usual", base()), 0.0)
 
 
-TARGETED = {  # the configuration: the modules that the file must then have
-    "all-linear": ({"target_modules": "all-linear"}, SIZES),
-    "an ending": ({"target_modules": ["c_proj"]}, ("attn.c_proj", "mlp.c_proj")),
-    "a longer ending": ({"target_modules": ["mlp.c_proj", "c_fc"]}, ("mlp.c_fc", "mlp.c_proj")),
-    "an expression": ({"target_modules": r".*\.(c_attn|c_fc)"}, ("attn.c_attn", "mlp.c_fc")),
-    "names that are not there": ({"target_modules": ["c_fc", "q_proj"]}, ("mlp.c_fc",)),
-    "an exclusion": ({"exclude_modules": ["attn.c_proj", "c_attn"]}, ("mlp.c_fc", "mlp.c_proj")),
-    "an excluding expression": (
-        {"target_modules": "all-linear", "exclude_modules": r".*\.mlp\..*"},
-        ("attn.c_attn", "attn.c_proj"),
-    ),
-}
+BLOCK_1 = [f"1.{module}" for module in SIZES if module != "mlp.c_proj"]
+TARGETED = [  # (the configuration, the modules that the file must then have in some block)
+    ({"target_modules": "all-linear"}, list(SIZES)),
+    ({"target_modules": ["c_fc", "mlp.c_proj", "q_proj"]}, ["mlp.c_fc", "mlp.c_proj"]),
+    ({"target_modules": r".*\.(c_attn|c_fc)"}, ["attn.c_attn", "mlp.c_fc"]),
+    ({"exclude_modules": ["attn.c_proj", "c_attn"]}, ["mlp.c_fc", "mlp.c_proj"]),
+    ({"target_modules": "all-linear", "exclude_modules": r".*\.mlp\..*"}, ["attn.c_attn", "attn.c_proj"]),
+    ({"layers_to_transform": 1, "exclude_modules": ["mlp.c_proj"]}, BLOCK_1),
+    ({"layers_to_transform": [1, 5], "layers_pattern": ["layers", "h"], "exclude_modules": ["mlp.c_proj"]}, BLOCK_1),
+]
 
 
-@pytest.mark.parametrize("case", TARGETED)
-def test_which_modules_a_configuration_targets(tmp_path, case):
-    changes, modules = TARGETED[case]
-    hand_made(tmp_path, LORA | changes, modules)
+@pytest.mark.parametrize("changes, modules", TARGETED, ids=str)
+def test_which_modules_a_configuration_targets(tmp_path, changes, modules):
+    """These and no others: one of them that is missing is an error, and so is one too many."""
+    found = hand_made(tmp_path, LORA | changes)
+    with pytest.raises(AdapterFormatError, match="do not select") if len(modules) < 4 else contextlib.nullcontext():
+        load_peft(tmp_path, base())
+    named = {name: a for name, a in found.items() if any(module in name for module in modules)}
+    save_file(named, tmp_path / peft.TENSORS)
     ours = {"attn.c_attn": ["q", "k", "v"], "attn.c_proj": ["o"], "mlp.c_fc": ["up"], "mlp.c_proj": ["down"]}
-    expected = {f"blocks.{i}.{layer}" for i in range(2) for module in modules for layer in ours[module]}
+    expected = {
+        f"blocks.{i}.{layer}"
+        for i, (module, layers) in itertools.product(range(2), ours.items())
+        if any(f"{i}.{module}".endswith(chosen) for chosen in modules)
+        for layer in layers
+    }
     assert set(adapted_layers(load_peft(tmp_path, base()))) == expected
-    save_file({n: a for n, a in tensors_of(tmp_path).items() if "h.1." not in n}, tmp_path / peft.TENSORS)
+    del named[next(name for name in named if "h.1." in name)]
+    save_file(named, tmp_path / peft.TENSORS)
     with pytest.raises(AdapterFormatError, match=r"h\.1\..*is missing"):
         load_peft(tmp_path, base())
-
-
-@pytest.mark.parametrize("layers, pattern", [(1, None), ([1], "h"), ([1, 5], ["layers", "h"]), ([1], [])], ids=str)
-def test_a_configuration_for_some_layers(tmp_path, layers, pattern):
-    found = hand_made(tmp_path, LORA | {"layers_to_transform": layers, "layers_pattern": pattern})
-    with pytest.raises(AdapterFormatError, match=r"do not select transformer.h.0"):
-        load_peft(tmp_path, base())
-    save_file({n: a for n, a in found.items() if "h.1." in n}, tmp_path / peft.TENSORS)
-    assert {path.split(".")[1] for path in adapted_layers(load_peft(tmp_path, base()))} == {"1"}
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float64])
-def test_other_precisions_take_the_models(tmp_path, dtype):
-    found = hand_made(tmp_path, LORA)
-    save_file({n: a.astype(dtype) for n, a in found.items()}, tmp_path / peft.TENSORS)
-    model, expected = load_peft(tmp_path, base()), found[f"{GPT2}h.0.mlp.c_fc.lora_B.weight"].astype(dtype)
-    assert {p.dtype for _, p in model.named_parameters()} == {np.dtype(np.float32)}
-    np.testing.assert_array_equal(model.blocks[0].up.p.B, expected.astype(np.float32))
-
-
-def test_data_and_keys_that_are_off_change_nothing(tmp_path):
-    hand_made(tmp_path / "one", LORA)
-    newer = {"a_key_of_2030": None, "another": False, "a_map": {}, "a_list": [], "a_text": ""}
-    data = {"lora_dropout": 0.5, "base_model_name_or_path": "/etc/passwd", "revision": "main", "peft_version": "9.9",
-            "auto_mapping": {"base_model_class": "os.system", "parent_library": "os"}, "task_type": "CAUSAL_LM",
-            "fan_in_fan_out": True, "inference_mode": False, "qalora_group_size": 16, "megatron_core": "os",
-            "modules_to_save": [], "loftq_config": {}, "init_lora_weights": "gaussian"}  # fmt: skip
-    hand_made(tmp_path / "other", LORA | newer | data)
-    assert_same_function(load_peft(tmp_path / "other", base()), load_peft(tmp_path / "one", base()), 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
@@ -583,18 +499,6 @@ def tensor(name, array):
     return spoil
 
 
-def text(content, name=peft.CONFIG):
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-def gone(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def only_a_pickle(folder):
-    (folder / peft.TENSORS).rename(folder / peft.PICKLE)
-
-
 def a_pair_of_two(folder):
     """Half of another export: what a copy that was cut short leaves."""
     save_peft(folder, moved("lora", alpha=4.0))
@@ -602,68 +506,36 @@ def a_pair_of_two(folder):
     shutil.copy(folder / "other" / peft.CONFIG, folder)
 
 
-def of_another_model(folder):
-    hand_made(folder, LORA, prefix="base_model.model.model.")
-
-
 NOT_READ = "the expression .* is not read"
-BAD = [  # (what is spoilt, what the error says)
-    (gone(peft.CONFIG), "no such file; the adapter_config"),
-    (gone(peft.TENSORS), "no such file; the adapter_model"),
-    (only_a_pickle, r"is a pickle.*save_pretrained\(\) writes adapter_model.safetensors"),
+BAD = [  # (what is spoilt, what the error says); hostile.py has hundreds more
     (a_pair_of_two, "written with a different adapter_config.json than the one next to it"),
-    (of_another_model, r'no tensor is named after .*; expected names such as "base_model\.model\.transformer\.h'),
-    (text(b"{"), "the configuration is not JSON"),
-    (text(b"[]"), "the configuration is not a map"),
-    (text(b'{"r": 1, "r": 2}'), 'has the key "r" twice'),
-    (text(b" " * (1 << 20) + b"{}"), "is larger than 1,048,576 bytes"),
-    (text(b"no tensors at all", peft.TENSORS), "is not the adapter_model.safetensors"),
-    (text(json.dumps(LORA).replace("5", "1e999").encode()), "lora_alpha is Infinity; it must be"),
-    *((key(peft_type=kind), "peft_type is .*; supported: LORA, VERA") for kind in ("IA3", ..., ["LORA"])),
-    *((key(**{name: ...}), f"lacks {name}") for name in ("r", "lora_alpha", "target_modules")),
-    *((key(r=r), "r is .*; it must be an integer of at least 1") for r in (0, True, "3", 3.0, 10**30)),
+    (
+        lambda folder: hand_made(folder, LORA, prefix="base_model.model.model."),
+        r'no tensor is named after .*; expected names such as "base_model\.model\.transformer\.h',
+    ),
     (key(r=10**6), "r=1000000 is larger than blocks.0.q allows"),
     (key(r=4), r"is F32\(3, 16\); expected \(4, 16\)"),
-    *((key(lora_alpha=a), "lora_alpha is .*; it must be a finite number above 0") for a in (0, -8, True, "5")),
-    (key(target_modules=None), "target_modules is null; it must be text or a list"),
-    (key(rank_pattern={"c_fc": 0}), "rank_pattern is .*; it must be a map"),
-    (key(alpha_pattern=[1]), r"alpha_pattern is \[1\]; it must be a map"),
     (key(rank_pattern={"c_fc": 2}), r"c_fc.lora_A.weight\": is F32\(3, 16\); exp.*\(2"),
     (key(rank_pattern={f"k{i}": 1 for i in range(1001)}), "1,001 entries; at most 1,000"),
     (key(rank_pattern={f"{i:0500}": 1 for i in range(21)}), "expressions of more than 10,000 characters in all"),
     (key(layers_to_transform=0, layers_pattern="h|x"), r"layers_pattern is \"h\|x\"; it must be null, a name"),
     (key(layers_to_transform=0, layers_pattern="blocks"), "do not select"),
-    (key(use_dora=1), "use_dora is 1; it must be false or true"),
     (key(use_dora=True), 'lora_magnitude_vector": is missing'),
-    (key(bias="all"), 'bias is "all"; it must be "none"'),
-    (key(init_lora_weights="corda"), 'init_lora_weights is "corda"; it must be true, false'),
-    (key(init_lora_weights="pissa_niter_4"), 'init_lora_weights is "pissa_niter_4"'),
+    (key(init_lora_weights="pissa_niter_4"), 'init_lora_weights is "pissa_niter_4"; it must be true, false'),
     (key(init_lora_weights="pissa", use_dora=True), "use_dora is true and init_lora_weights"),
     (key(use_rs_lora=True), r'unknown key "use_rs_lora", with the value true \(did you mean "use_rslora"\?\)'),
     (key(magic=2), 'unknown key "magic", with the value 2; only files in which it is absent or off'),
-    (key(modules_to_save=["lm_head"]), r'unknown key "modules_to_save", with the value \["lm_head"\]'),
-    (key(save_projection=True), 'unknown key "save_projection", with the value true'),
     (key(target_modules="(a*)*b"), f"target_modules: {NOT_READ}"),
     (key(exclude_modules="(a|b)+c_attn"), f"exclude_modules: {NOT_READ}"),
     (key(alpha_pattern={"c_fc**": 1}), f"alpha_pattern: {NOT_READ}"),
-    (key(target_modules="a" * 1001), NOT_READ),
     (key(target_modules=["c_proj", "c_fc"]), "do not select transformer.h.0.attn.c_attn"),
     (tensor(AT, None), f'tensor "{AT}": is missing'),
-    (tensor(f"{AT}s", np.ones(3)), f'"{AT}s": belongs to nothing in this model'),
     (tensor("base_model.model.lm_head.weight", np.ones((11, 16))), "belongs to nothing"),
-    (tensor(AT, np.ones((16, 3))), rf'"{AT}": is F64\(16, 3\); expected \(3, '),
-    (tensor(AT, np.ones((3, 16), int)), f'"{AT}": its dtype is "I64"'),
-    (tensor(AT, np.full((3, 16), np.nan)), f'"{AT}": holds NaN or an infinity'),
     (tensor(AT, np.full((3, 16), 1e300)), f'"{AT}": holds a number'),
 ]
 BAD_VERA = [
     (key(lora_alpha=3), 'unknown key "lora_alpha"'),
-    (key(rank_pattern={"c_fc": 2}), 'unknown key "rank_pattern"'),
-    (key(projection_prng_key=-1), "projection_prng_key is -1; it must be an integer from 0"),
     (key(save_projection=False), '"base_model.vera_A": belongs to nothing in this model'),
-    (tensor("base_model.vera_B", np.ones((63, 3), np.float32)), r'vera_B": is F32\(63, 3\); expected \(64, 3\)'),
-    (tensor("base_model.vera_A", None), '"base_model.vera_A": is missing'),
-    (key(r=2**30), r"expected \(1073741824, 64\)|expected \(1073741824,\)"),
     (key(r=2_000_000, save_projection=False), "leaves 256,000,000 numbers to its key; at most 134,217,728 are drawn"),
 ]
 
@@ -712,7 +584,7 @@ def test_an_export_that_cannot_be_is_one_error(tmp_path, form, names, message):
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
-@pytest.mark.parametrize("step, at", [("open", 0), ("write", 1), ("fsync", 0), ("replace", 0), ("replace", 1)])
+@pytest.mark.parametrize("step, at", [("write", 1), ("replace", 1)])
 def test_an_export_that_fails_leaves_the_old_files_or_a_pair_that_is_recognised(tmp_path, monkeypatch, step, at, form):
     """Both files are on the disk before the first is renamed: until then, whatever fails, the old pair is whole."""
     save_peft(tmp_path, moved("lora", ["q"]), form)
@@ -783,15 +655,6 @@ def test_export_import_and_generate(run, tmp_path, capsys):
     assert text == said(capsys, *write, "--adapter", tmp_path / "ours", base=base)
 
 
-@pytest.mark.parametrize("argv", [("export", "nowhere", "new"), ("import", "nowhere", "--out", "new")], ids=str)
-def test_a_folder_that_is_not_there_is_one_line(argv, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main([*argv]) == 2
-    error = capsys.readouterr().err
-    assert "there is no such file" in error and error.count("\n") == 1
-    assert not (tmp_path / "new").exists()
-
-
 # ------------------------------------------------------------------------------------------------------ docs/peft.md
 
 PAGE = (Path(__file__).parents[2] / "docs" / "peft.md").read_text(encoding="utf-8")
@@ -801,13 +664,14 @@ def block(kind, after=""):
     return re.search(rf"{after}\n?```{kind}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[1]
 
 
-def test_the_pages_commands_run(tmp_path, monkeypatch, capsys):
+def test_the_pages_commands_run(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(finetune, "write_sample", lambda *_: "")  # takes longer than the training
+    base, _ = run
     commands = [shlex.split(line) for line in block("sh", "<!-- commands -->").splitlines()]
     assert [name for name, *_ in commands] == ["minilora"] * 4
     for _, *argv in commands:
-        assert main(argv + (["--workers", "1"] if argv[0] == "train" else [])) == 0
+        assert main([*argv, "--base", base, *(["--workers", "1"] if argv[0] == "train" else [])]) == 0
     assert "Written: peft/lora, LORA, r = 16" in capsys.readouterr().out
     assert (tmp_path / "peft/lora/base/model.safetensors").exists()
 

@@ -92,6 +92,10 @@ def test_a_write_that_takes_a_part_is_followed_by_another(tmp_path, monkeypatch)
     write_atomically(tmp_path / "weights", data)
     assert (tmp_path / "weights").read_bytes() == data
     assert [name for name, _ in watched.seen].count("write") == -(-2000 // 7)
+    watch(monkeypatch, failing(9, OSError(errno.ENOSPC, "No space left on device")), most=7)  # full after some parts
+    with pytest.raises(InputError, match="No space left on device; no file there is half written"):
+        write_atomically(tmp_path / "weights", b"new" * 500)
+    assert (tmp_path / "weights").read_bytes() == data and names(tmp_path) == ["weights"]
 
 
 @pytest.mark.parametrize("number", range(13))
@@ -109,13 +113,6 @@ def test_a_call_that_fails_is_one_error_and_all_files_are_whole(number, tmp_path
     assert names(tmp_path) == ["one", "two"] and len(watched.seen) > number
 
 
-def test_a_path_that_cannot_be_is_one_error(tmp_path):
-    for path in (tmp_path / ("n" * 300), tmp_path / "no folder" / "file", tmp_path):
-        with pytest.raises(InputError, match="cannot write"):
-            write_atomically(path, b"new")
-    assert names(tmp_path) == []
-
-
 def test_a_link_that_waits_under_the_temporary_name_is_not_followed(tmp_path):
     (tmp_path / "victim").write_bytes(b"precious")
     (tmp_path / f".weights.{os.getpid()}.minilora").symlink_to(tmp_path / "victim")
@@ -125,41 +122,25 @@ def test_a_link_that_waits_under_the_temporary_name_is_not_followed(tmp_path):
 
 
 def test_what_a_killed_save_left_hurts_nothing_and_goes_an_hour_later(tmp_path):
-    path = tmp_path / "weights"
-    path.write_bytes(b"old")
+    """And the files of others stay, however old and however like one of ours."""
+    path, others = tmp_path / "weights", ["notes.minilora", ".a.12.tmp", ".a.12.minilora.txt", ".a.b.minilora"]
+    for name in ["weights", *others]:
+        (tmp_path / name).write_bytes(b"old")
+        os.utime(tmp_path / name, (0, 0))
 
     def killed():
         saving.os = Watched(lambda number: number == 2 and os.kill(os.getpid(), signal.SIGKILL))
         write_atomically(path, b"new")
 
     assert run_in_a_child(killed) == -signal.SIGKILL
-    (left,) = set(names(tmp_path)) - {"weights"}
+    (left,) = set(names(tmp_path)) - {"weights", *others}
     assert path.read_bytes() == b"old" and (tmp_path / left).read_bytes() == b"new"
     writable_folder(tmp_path)  # it could belong to a save that is running
     write_atomically(path, b"newer")
-    assert names(tmp_path) == [left, "weights"] and path.read_bytes() == b"newer"
+    assert names(tmp_path) == sorted([left, "weights", *others]) and path.read_bytes() == b"newer"
     os.utime(tmp_path / left, (0, time.time() - STALE - 1))
     writable_folder(tmp_path)
-    assert names(tmp_path) == ["weights"]
-
-
-def test_the_files_of_others_stay_however_old(tmp_path):
-    others = [
-        "weights",
-        "notes.minilora",
-        ".hidden",
-        ".a.12.tmp",
-        ".a.12.minilora.txt",
-        "a.12.minilora",
-        ".a.b.minilora",
-    ]
-    for name in others:
-        (tmp_path / name).write_text("mine")
-        os.utime(tmp_path / name, (0, 0))
-    (tmp_path / ".folder.2.minilora").mkdir()
-    os.utime(tmp_path / ".folder.2.minilora", (0, 0))
-    writable_folder(tmp_path)
-    assert names(tmp_path) == sorted([*others, ".folder.2.minilora"])
+    assert names(tmp_path) == sorted(["weights", *others])
 
 
 def test_of_two_processes_that_save_the_same_file_the_last_one_wins(tmp_path, monkeypatch):
@@ -183,29 +164,15 @@ def test_of_two_processes_that_save_the_same_file_the_last_one_wins(tmp_path, mo
 
 @pytest.mark.parametrize(
     ("text", "rule"),
-    [(b"", "the options is not JSON"), (b"{'a': 1}", "not JSON"), (b'{"a": 1,}', "not JSON"), (b"{} {}", "not JSON"),
-     (b"\xef\xbb\xbf{}", "not JSON"), (b'{"a": "\xff"}', "not JSON .*utf-8"), (b"NaN", "holds NaN, which is not JSON"),
-     (b'{"a": [Infinity]}', "holds Infinity"), (b'{"a": 1, "b": 2, "a": 1}', 'has the key "a" twice'),
+    [(b'{"a": "\xff"}', "not JSON .*utf-8"), (b'{"a": [Infinity]}', "holds Infinity, which is not JSON"),
      (b'[{"a\\u001b": 1, "a\\u001b": 2}]', r'has the key "a\\u001b" twice'), (b"9" * 10_000, "not JSON .*digits"),
      (b"[" * 100_000, "nested too deeply")],
-    ids=range(12),
+    ids=range(5),
 )  # fmt: skip
 def test_json_that_is_not_strict_is_one_error(text, rule):
-    class OwnError(FormatError):
-        pass
-
-    with pytest.raises(OwnError, match=rule) as caught:
-        parse_json(text, "file", "options", OwnError)
-    assert caught.value.file == "file" and caught.value.tensor is None and type(caught.value) is OwnError
-
-
-def test_json_and_bytes_that_are_good_are_read(tmp_path):
-    text = b' {"a": [1, 2.5, true, null, "\\u00e9"], "b": {"a": -0}} '
-    (tmp_path / "file").write_bytes(text)
-    for form in (text, text.decode(), read_bytes(tmp_path / "file", len(text), "a file")):
-        assert parse_json(form, "file", "options") == {"a": [1, 2.5, True, None, "é"], "b": {"a": 0}}
-    with pytest.raises(FormatError, match="is larger than 4 bytes, the most that a file may have"):
-        read_bytes(tmp_path / "file", 4, "a file")
+    with pytest.raises(FormatError, match=f"the options .*{rule}") as caught:
+        parse_json(text, "file", "options")
+    assert caught.value.file == "file" and caught.value.tensor is None
 
 
 @pytest.mark.parametrize("path", ["a\0b", "n" * 5000, "\ud800"])
@@ -219,14 +186,11 @@ def test_a_path_that_no_file_can_have_is_one_error(path):
 @pytest.mark.parametrize(
     ("text", "quoted", "plain"),
     [
-        ("plain", '"plain"', "plain"),
         ('say "é"', '"say \\"é\\""', 'say "é"'),
-        ("\x1b[2J\n\x7f\x9b", '"\\u001b[2J\\n\\u007f\\u009b"', "\\u001b[2J\\n\\u007f\\u009b"),
-        ("\ud800\u202e", '"\\ud800\\u202e"', "\\ud800\\u202e"),
-        ("a" * 10**6, f'"{"a" * 79}…"', "a" * 359 + "…"),
+        ("\x1b[2J\n\x7f\ud800\u202e", '"\\u001b[2J\\n\\u007f\\ud800\\u202e"', "\\u001b[2J\\n\\u007f\\ud800\\u202e"),
         ("\0" * 10**6, '"' + ("\\u0000" * 14)[:79] + '…"', ("\\u0000" * 60)[:359] + "…"),
     ],
-    ids=["plain", "quotes", "control codes", "surrogates", "long", "long and unprintable"],
+    ids=["quotes", "control codes", "long and unprintable"],
 )
 def test_an_error_shows_what_a_file_says_in_letters_and_briefly(text, quoted, plain):
     error = FormatError("file", text, tensor=text)

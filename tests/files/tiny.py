@@ -38,3 +38,16 @@ def logits(model):
 def assert_same_function(one, other, tolerance=1e-6):
     one, other = logits(one), logits(other)
     assert np.abs(one - other).max() <= tolerance * np.abs(other).max()
+
+
+def state(model):
+    """Everything in a model that a failed load, or a save, could have changed."""
+    return {name: (p.requires_grad, p.data.copy()) for name, p in model.named_parameters()}
+
+
+def assert_untouched(model, before):
+    after = state(model)
+    assert list(after) == list(before)
+    for name, (requires_grad, array) in before.items():
+        assert after[name][0] == requires_grad
+        np.testing.assert_array_equal(after[name][1], array)

@@ -1,18 +1,12 @@
 """The settings of a run are defined once, and the command line takes each word for what the user meant by it."""
 
 import dataclasses
-import importlib
-import inspect
 import json
-import pkgutil
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-import minilora
 from minilora import cli, methods
 from minilora.errors import InputError
 from minilora.lab import compare, finetune
@@ -151,40 +145,3 @@ def test_a_method_s_options_may_be_of_any_type_and_have_a_help_text(monkeypatch,
     with pytest.raises(SystemExit):
         parsed("train lora --help")
     assert "train the bias too" in capsys.readouterr().out
-
-
-def test_a_command_that_is_not_run_is_not_imported():
-    """The parser of all commands knows their names and help alone."""
-    code = "import sys; from minilora.cli import main; main(['devices']); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = done.stdout.split()
-    assert "minilora.tools.devices" in loaded
-    assert not {"minilora.lab.finetune", "minilora.lab.sweep", "minilora.tools.exercises", "matplotlib"} & set(loaded)
-
-
-# ------------------------------------------------------------------------------------------------ no long signatures
-
-
-def public_functions():
-    """(name, function) for all public functions and methods of all modules of the package."""
-    for found in pkgutil.walk_packages(minilora.__path__, "minilora."):
-        if found.name.endswith("__main__"):
-            continue
-        module = importlib.import_module(found.name)
-        for name, value in vars(module).items():
-            if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
-                continue
-            if inspect.isfunction(value):
-                yield f"{module.__name__}.{name}", value
-            elif inspect.isclass(value):
-                own = () if dataclasses.is_dataclass(value) else ("__init__",)  # a dataclass's has its fields
-                for member, function in vars(value).items():
-                    function = getattr(function, "__func__", function)
-                    if inspect.isfunction(function) and (not member.startswith("_") or member in (*own, "__call__")):
-                        yield f"{module.__name__}.{name}.{member}", function
-
-
-def test_no_public_function_has_more_than_8_parameters():
-    counts = {name: len(set(inspect.signature(f).parameters) - {"self", "cls"}) for name, f in public_functions()}
-    assert len(counts) > 300  # it has looked at them
-    assert {name: count for name, count in counts.items() if count > 8} == {}

@@ -141,21 +141,14 @@ def test_a_key_does_not_depend_on_how_a_number_was_typed_or_where_the_command_st
 
 BAD = {
     "unknown method": (["--methods", "lora", "lorra"], 'did you mean "lora"'),
-    "method twice": (["--methods", "lora", "vera,lora"], "methods is"),
     "no method": (["--methods", ","], "at least one"),
     "rank above the layer": (["--methods", "lora", "--r", 4096], "at most 16"),
-    "rank twice": (["--r", 2, 2], "r is [2, 2]"),
-    "alpha 0": (["--methods", "lora", "--alpha", 0], "alpha is 0"),
-    "lr nan": (["--lr", "nan"], "lr is nan"),
     "lr twice": (["--lr", 0.1, 0.10], "each value once"),
-    "seed negative": (["--seeds", -1], "seeds is -1"),
     "workers 0": (["--methods", "full", "--workers", 0], "workers is 0"),
     "no such base": (["--base", "no-such-model.safetensors"], "no-such-model.safetensors"),
     "report of nothing": (["--report"], "holds no runs"),
-    "record of nothing": (["--record", "rates.json"], "holds no runs"),
     "a picture over the runs": (["--out", "x/picture.png"], "written over"),
     "a record over the runs": (["--out", "a.jsonl", "--record", "a.jsonl"], "written over"),
-    "no file": (["--out", ""], "written over"),
 }
 
 
@@ -233,7 +226,7 @@ def test_failed_runs_are_left_alone_unless_asked_for(base, out, pretended, monke
 # --------------------------------------------------------------------------------------------- stopped and resumed
 
 
-def test_a_sweep_that_was_killed_goes_on_where_it_stopped(base, out):
+def test_a_sweep_that_was_killed_goes_on_where_it_stopped(base, out, capsys):
     argv = ["--base", base, "--methods", "lora", "--r", 2, "--lr", 0.01, "--seeds", 0, 1, 2, 3, "--steps", 100,
             "--batch", 2, "--workers", 2, "--out", out]  # fmt: skip
     with process(*argv) as killed:
@@ -243,15 +236,13 @@ def test_a_sweep_that_was_killed_goes_on_where_it_stopped(base, out):
     workers = {int(line["worker"].split(":")[1]) for line in written(out)}
     assert 1 <= len(written(out)) < 4
     wait_for(lambda: not any(map(alive, workers)))  # orphans end themselves
-    with process(*argv) as again:
-        printed, errors = again.communicate()
-    assert again.returncode == 0, errors
-    assert f"4 runs, {first.count(MARK)} of them done already" in printed
+    command(*argv, "--workers", 1)
+    assert f"4 runs, {first.count(MARK)} of them done already" in capsys.readouterr().out
     assert set(keys(out).values()) == {1} and len(keys(out)) == 4
     assert out.read_bytes().startswith(first[: first.rfind(b"\n") + 1])
 
 
-@pytest.mark.parametrize("cut", [1, 10, -1], ids=["one byte", "within the mark", "all but the newline"])
+@pytest.mark.parametrize("cut", [1, -1], ids=["one byte", "all but the newline"])
 def test_half_a_line_is_cut_off_and_its_run_done_again(cut, base, out, pretended):
     runs = small(base, seeds=(0, 1, 2))
     with ThreadPoolExecutor(1) as executor:
@@ -289,12 +280,12 @@ def ignores_ctrl_c(pid):
 
 
 def test_ctrl_c_waits_for_no_run_and_leaves_no_process(base, out):
-    argv = ["--base", base, "--methods", "lora", "--lr", 0.01, 0.02, "--steps", 10**7, "--workers", 2, "--out", out]
+    argv = ["--base", base, "--methods", "lora", "--lr", 0.01, 0.02, "--steps", 10**7, "--workers", 1, "--out", out]
     with process(*argv, start_new_session=True) as stopped:
         children = Path(f"/proc/{stopped.pid}/task/{stopped.pid}/children")
         if not children.exists():
             pytest.skip("this system does not list the children of a process")
-        wait_for(lambda: sum(map(ignores_ctrl_c, children.read_text().split())) == 3)  # and a tracker of Python's own
+        wait_for(lambda: sum(map(ignores_ctrl_c, children.read_text().split())) == 2)  # and a tracker of Python's own
         pids = children.read_text().split()
         os.killpg(stopped.pid, signal.SIGINT)  # to the workers as well, as a terminal does
         _, errors = stopped.communicate(timeout=60)  # one run would take hours
@@ -329,10 +320,8 @@ def test_a_worker_that_dies_ends_the_sweep_which_resumes(base, out):
 
 FOREIGN = {
     "text": b"my notes\n",
-    "a line of another kind": MARK + b'"method": "lora"}\n',
     "another version": b'{"minilora_sweep": 2, ' + json.dumps(asdict(Run("lora", 0.1, 0, 1, 1))).encode()[1:] + b"\n",
     "binary": b"\x93NUMPY\x00\xff",
-    "json": b"{}",
 }
 
 
@@ -340,12 +329,10 @@ FOREIGN = {
 def test_a_file_that_is_something_else_is_left_as_it_is(content, base, tmp_path):
     path = tmp_path / "foreign"
     path.write_bytes(content)
-    for argv in ([], ["--report"], ["--record", tmp_path / "rates.json"]):
+    for argv in ([], ["--report"], ["--record", tmp_path / "rates.json"], ["--out", tmp_path]):
         with pytest.raises(InputError, match="not a file of a sweep"):
             command("--base", base, "--methods", "full", "--workers", 1, "--out", path, *argv)
     assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(InputError, match="not a file of a sweep"):
-        command("--base", base, "--methods", "full", "--workers", 1, "--out", tmp_path)
 
 
 def test_runs_that_cannot_be_compared_do_not_share_a_file(base, out, tmp_path, pretended):
@@ -372,10 +359,10 @@ def test_runs_that_cannot_be_compared_do_not_share_a_file(base, out, tmp_path, p
 def scheduler():
     """The address of a Dask scheduler with two workers, each a process of its own, on a free port of this machine."""
     distributed = pytest.importorskip("distributed", reason="the extra dask is not installed")
-    cluster = distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs=50
-    )
-    with cluster:
+    dask = pytest.importorskip("dask")
+    options = {"threads_per_worker": 1, "dashboard_address": None, "memory_limit": 0, "silence_logs": 50}
+    dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})  # it imports once for all workers
+    with distributed.LocalCluster(n_workers=2, **options) as cluster:
         yield cluster.scheduler_address
 
 
@@ -436,21 +423,18 @@ CLIFF = {0.02: [1.8, 1.8], 0.05: [1.7, 1.7], 0.2: [1.1, STOPPED]}  # one seed's 
 
 
 def test_the_report_tells_the_best_rate_its_neighbours_and_the_edge(tmp_path, capsys):
-    path = fill(tmp_path / "sweep.jsonl", ("lora", INSIDE), ("vera", LOWEST), ("dora", CLIFF))
+    broken = {0.1: ["MemoryError"], 0.2: [STOPPED]}
+    path = fill(tmp_path / "sweep.jsonl", ("lora", INSIDE), ("vera", LOWEST), ("dora", CLIFF), ("full", broken))
     command("--report", "--out", path)
-    rows = {row.split()[0]: " ".join(row.split()) for row in capsys.readouterr().out.splitlines()}
+    printed = capsys.readouterr().out
+    assert "1 failed otherwise (MemoryError: as expected): --retry-failed" in printed
+    rows = {row.split()[0]: " ".join(row.split()) for row in printed.splitlines()}
     assert rows["lora"] == "lora 0.01 1.600 ± 0.141 1.900 at 0.001 1.800 at 0.1 6 0"
     assert rows["vera"] == "vera 0.002 1.400 ± 0.000 edge of grid 1.500 at 0.01 4 0"
     assert rows["dora"] == "dora 0.05 1.700 ± 0.000 1.800 at 0.02 failed at 0.2 6 1"
+    assert "failed" in rows["full"]
     assert rows["Written:"] == f"Written: {tmp_path / 'sweep.png'}"
     assert (tmp_path / "sweep.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def test_the_report_tells_failures_that_are_not_divergence(tmp_path, capsys):
-    command("--report", "--out", fill(tmp_path / "a.jsonl", ("lora", {0.1: ["MemoryError"], 0.2: [STOPPED]})))
-    printed = capsys.readouterr().out
-    assert "1 failed otherwise (MemoryError: as expected): --retry-failed" in printed
-    assert "failed" in next(row for row in printed.splitlines() if row.startswith("lora"))
 
 
 def axes_of(path):
@@ -459,11 +443,9 @@ def axes_of(path):
 
 
 def test_the_figure_has_a_panel_for_each_method_with_its_best_rate(tmp_path):
-    panels = axes_of(fill(tmp_path / "a", ("lora", INSIDE), ("vera", LOWEST), ("dora", CLIFF)))
-    assert list(panels) == ["dora", "lora", "vera"]
-    assert {name: axes.get_title(loc="right") for name, axes in panels.items()} == {
-        "dora": "★ 0.05", "lora": "★ 0.01", "vera": "★ 0.002"
-    }  # fmt: skip
+    panels = axes_of(fill(tmp_path / "a", ("lora", INSIDE), ("dora", CLIFF)))
+    found = {name: axes.get_title(loc="right") for name, axes in panels.items()}
+    assert found == {"dora": "★ 0.05", "lora": "★ 0.01"}
     drawn = {line.get_label(): line for line in panels["dora"].lines}
     assert list(drawn["dora"].get_xdata()) == list(CLIFF)
     assert list(drawn["dora"].get_ydata()) == pytest.approx([1.8, 1.7, 2.0])  # cut off at the loss before tuning
@@ -494,9 +476,7 @@ def test_the_record_has_the_form_of_learning_rates_json(tmp_path):
 
 
 REFUSED = {
-    "lowest": ({"vera": LOWEST}, "vera is best at the edge of the grid, 0.002"),
-    "highest": ({"lora": INSIDE, "vera": {0.1: [1.5], 0.2: [1.4]}}, "vera is best at the edge of the grid, 0.2"),
-    "only one": ({"vera": {0.1: [1.5]}}, "vera is best at the edge of the grid, 0.1"),
+    "at the edge": ({"lora": INSIDE, "vera": {0.1: [1.5], 0.2: [1.4]}}, "vera is best at the edge of the grid, 0.2"),
     "seeds missing": ({"lora": {**INSIDE, 0.1: [1.8]}}, "lora lacks seeds"),
     "nothing finished": ({"lora": {0.1: [STOPPED], 0.2: [STOPPED], 0.3: [STOPPED]}}, "lora lacks seeds"),
     "failed for another reason": ({"lora": {**INSIDE, 0.2: ["OSError", 1.9]}}, "--retry-failed"),
