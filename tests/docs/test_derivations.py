@@ -5,9 +5,9 @@ import re
 import pages
 import pytest
 import source
-from source import TAG, docstring_and_code, kept, tags
 
 from minilora import methods
+from minilora.tools.methodfile import TAG, code_tags, docstring_and_code, equations, kept
 
 PAGES = sorted(path.stem for path in (pages.DOCS / "methods").glob("*.md"))
 PARTS = [
@@ -49,15 +49,15 @@ def test_every_tag_is_derived_and_the_derivation_ends_in_its_line(name):
     """
     docstring, file = docstring_and_code(source.path_of(name).read_text(encoding="utf-8"))
     parts, lines = parts_of(name), [line.strip() for line in file.splitlines()]
-    wanted, derivation = tags(docstring, "docstring"), pages.sections(parts["Derivation"], 3)
+    wanted, derivation = [tag for tag, _ in equations(docstring)], pages.sections(parts["Derivation"], 3)
     assert [heading for heading in derivation if TAG.fullmatch(heading)] == wanted
     assert re.findall(r"^\| ([FBIU]\d+) \|", parts["Equations"], re.MULTILINE) == wanted
     for tag in wanted:
         quoted = "".join(re.findall(r"^```py\n(.*?)^```$", derivation[tag], re.MULTILINE | re.DOTALL)).splitlines()
         assert not (strange := [line for line in quoted if line not in lines]), f"no lines of the file: {strange}"
         assert sorted(quoted, key=lines.index) == quoted, f"the lines of {tag} stand in another order"
-        assert [tags(line, "code") for line in quoted[:-1]] == [[]] * (len(quoted) - 1), f"{tag} quotes another's line"
-        assert quoted and tag in tags(quoted[-1], "code"), f"{tag} does not end in its line"
+        assert [code_tags(line) for line in quoted[:-1]] == [[]] * (len(quoted) - 1), f"{tag} quotes another's line"
+        assert quoted and tag in code_tags(quoted[-1]), f"{tag} does not end in its line"
         displays = re.findall(r"^\$\$\n(.*?)\n\$\$$", derivation[tag], re.MULTILINE | re.DOTALL)
         assert not tag.startswith("B") or any(re.search(r"_\{?[a-z]", d) for d in displays), f"{tag}: no index form"
 
