@@ -6,6 +6,7 @@ import re
 import pages
 import pytest
 
+from minilora import ops
 from minilora.cli import main
 from minilora.memory import kept_bytes
 
@@ -58,8 +59,13 @@ def test_the_arithmetic_gives_the_recorded_bytes(memory, bar):
 # -------------------------------------------------------------------------------- what holds now
 
 
+SHAPES = [(11, 12, 16, 2, 2, 3)]
+if ops.attention.forms:  # the page counts the probabilities of the tiles in fast/, which matter where T is above 64
+    SHAPES.append((7, 128, 8, 3, 2, 1))
+
+
 @each_bar
-@pytest.mark.parametrize("shape", [(11, 12, 16, 2, 2, 3), (7, 128, 8, 3, 2, 1)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_arithmetic_gives_the_bytes_of_a_small_model(memory, bar, shape):
     model, ids, targets = memory.build(memory.ROWS[BARS[bar]], shape)
     assert kept_bytes(model.loss(ids, targets), model) == by_hand(bar, shape)
