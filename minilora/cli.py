@@ -282,32 +282,20 @@ def run_generate(args):
     import numpy as np
 
     from .data import CharTokenizer
+    from .files.adapters import load_adapter
     from .files.base import load_base
 
     tokenizer = CharTokenizer()
     ids = tokenizer.encode(args.prompt)[None]
     model = load_base(args.base, tokenizer.vocab_size)
     if args.adapter is not None:
-        load_folder(args.adapter, model)
+        load_adapter(args.adapter, model)
     rng = np.random.default_rng(args.seed)
     text = model.to(args.device).generate(ids, args.tokens, args.temperature, args.top_k, rng)[0]
     print(args.prompt + tokenizer.decode(text))
 
 
 # ------------------------------------------------------------------------------------------------- to and from PEFT
-
-
-def load_folder(folder, model):
-    """The adapter of a train run's folder, or of PEFT's."""
-    from .files.checkpoint import load_adapter
-    from .files.peft import CONFIG, load_peft
-    from .lab.finetune import ADAPTER
-
-    own, theirs = Path(folder) / ADAPTER, Path(folder) / CONFIG
-    if theirs.exists() and not own.exists():
-        load_peft(folder, model)
-    else:
-        load_adapter(own, model)
 
 
 def export_flags(p):
@@ -325,13 +313,14 @@ def export_flags(p):
 
 def run_export(args):
     """Write a run's adapter for PEFT, or its merged model for transformers."""
+    from .files.adapters import load_adapter
     from .files.base import load_base
     from .files.gpt2 import save_gpt2
     from .files.peft import save_peft
     from .merging import unload
 
     model, base = load_base(args.base), f"{args.folder}/base" if args.with_base else None
-    load_folder(args.adapter, model)
+    load_adapter(args.adapter, model)
     config = save_peft(args.folder, model, args.form, args.names, base)
     if args.with_base:
         save_gpt2(base, unload(model))
@@ -359,11 +348,11 @@ def import_flags(p):
 
 def run_import(args):
     """Read an adapter that PEFT wrote; save it as train does."""
+    from .files.adapters import ADAPTER
     from .files.base import fingerprint, load_base
     from .files.checkpoint import save_adapter
     from .files.peft import load_peft
     from .files.saving import writable_folder
-    from .lab.finetune import ADAPTER
     from .surgery import adapted_layers
 
     model = load_base(args.base)

@@ -15,7 +15,7 @@ def load_adapter(path, model):
     Raises AdapterFormatError, with the model as it was, for what is missing, foreign, or does not fit.
     """
     path = Path(path)
-    if not path.is_dir():
+    if path.is_file() or path.suffix == Path(ADAPTER).suffix:
         return checkpoint.load_adapter(path, model)
     if (path / CONFIG).exists() and not (path / ADAPTER).exists():
         return load_peft(path, model)

@@ -192,10 +192,11 @@ def load_training(file: TensorFile, model: GPT, make_optimizer, history, rng):
 
 
 def put_adapter(model: GPT, chosen: dict, parts: dict, arrays: dict) -> None:
-    """Put the methods ``chosen`` into ``model`` with ``arrays``, which have the adapter_shapes()."""
+    """Put the methods ``chosen`` into ``model`` with those of the adapter_arrays() that are in ``arrays`` by name."""
     host(model, chosen, parts=parts)
     for name, p in adapter_arrays(model).items():
-        p.data = to_device(arrays[name], array_module(p.data))
+        if name in arrays:
+            p.data = to_device(arrays[name], array_module(p.data))
 
 
 def adapter_shapes(model: GPT, chosen: dict, parts: dict) -> dict:

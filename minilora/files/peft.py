@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from ..adapter import Adapter
-from ..backend import array_module, to_device, to_host
+from ..backend import to_host
 from ..engine import Saved
 from ..errors import InputError, nearest, shown
 from ..gpt import GPT
-from ..surgery import adapted_layers, check_plan, host, linear_layers
+from ..surgery import adapted_layers, check_plan, linear_layers
+from .checkpoint import put_adapter
 from .errors import AdapterFormatError, shown_json
 from .gpt2 import modules as gpt2_modules
 from .gpt2 import write_gpt2
@@ -237,10 +238,7 @@ def load_peft(folder, model):
         dtype = next(iter(arrays.values())).dtype
         drawn = draw_shared(next(iter(methods.values())), sizes)
         arrays |= {f"shared.{name}": array.astype(dtype) for name, array in drawn.items()}
-    host(model, chosen, parts=parts)
-    for name, p in model.named_parameters():
-        if name in arrays:
-            p.data = to_device(arrays[name], array_module(p.data))
+    put_adapter(model, chosen, parts, arrays)
     return model
 
 

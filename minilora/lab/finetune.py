@@ -17,6 +17,7 @@ import numpy as np
 
 from ..data import CharTokenizer, fixed_batches, load_corpus, random_batches, read_text_file, split_text
 from ..errors import InputError, Interrupted, TrainingStopped
+from ..files.adapters import ADAPTER
 from ..files.base import fingerprint, load_base
 from ..files.checkpoint import SERIES, load_training, open_training, save_adapter, save_training, steps_taken
 from ..files.errors import AdapterFormatError
@@ -28,8 +29,7 @@ from ..training.trainer import evaluate, train
 from .settings import Settings
 from .task import PROMPT, learning_rate, side_by_side, write_sample
 
-ADAPTER, CHECKPOINT, HISTORY = "adapter.safetensors", "checkpoint.safetensors", "history.json"
-SETTINGS = "settings.json"
+CHECKPOINT, HISTORY, SETTINGS = "checkpoint.safetensors", "history.json", "settings.json"
 
 
 def finetune(settings: Settings, out="runs/train", overwrite=False, progress=None, report=print):
