@@ -56,13 +56,14 @@ def rowwise(operation, x, vector, out):
     entries by default, is longer than that loop. So several rows are taken as one of about WIDE entries.
     """
     N, d = x.shape
-    together = math.gcd(N, 1 << max(0, WIDE // max(1, d)).bit_length() - 1) if d < WIDE else 1
-    if N == 0 or not (x.flags.c_contiguous and out.flags.c_contiguous):
+    if x.size == 0 or not (x.flags.c_contiguous and out.flags.c_contiguous):
         return operation(x, vector, out=out)
+    most = max(1, WIDE // d)
+    together = math.gcd(N, 1 << most.bit_length() - 1)  # rows: the largest power of two that fits and divides N
     before = np.setbufsize(BUFFER)
     try:
-        tiled = np.tile(vector, together) if together > 1 else vector
-        operation(x.reshape(-1, together * d), tiled, out=out.reshape(-1, together * d))
+        wide = (-1, together * d)
+        operation(x.reshape(wide), np.tile(vector, together), out=out.reshape(wide))
     finally:
         np.setbufsize(before)
     return out

@@ -46,7 +46,7 @@ def rewritten(function, unneeded=None):
         return function  # no function of Python's, or one that stands on more than its text
     source = "".join(linecache.getlines(code.co_filename))
     try:
-        tree, original = ast.parse(source), code_of(ast.parse(source), code)
+        tree, original = ast.parse(source), code_of(source, code)
     except SyntaxError:
         return function
     definition = definition_of(tree, code)
@@ -69,9 +69,9 @@ def definition_of(tree, code: CodeType):
     return next((node for node in found if node.lineno == code.co_firstlineno), None)
 
 
-def code_of(tree, code: CodeType):
-    """The code of the same function after compiling the whole file anew: names that it imports count."""
-    todo = [compile(tree, code.co_filename, "exec")]
+def code_of(file, code: CodeType):
+    """The code of the same function in ``file``, a text or a tree, compiled as a whole: names that it imports count."""
+    todo = [compile(file, code.co_filename, "exec")]
     while todo:
         other = todo.pop()
         if (other.co_name, other.co_firstlineno) == (code.co_name, code.co_firstlineno):
